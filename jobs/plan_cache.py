@@ -28,6 +28,7 @@ from pipeline.core.redaction import redact
 from pipeline.models.summary import check_weights
 from pipeline.shards.shard_urls import urls_by_id
 from pipeline.student.data.order import order_of
+from pipeline.student.data.sources import planned_num_views
 from pipeline.tasks import task_of
 from schemas.config import Config
 
@@ -120,13 +121,16 @@ def _training(config: Config, inputs: PlanInputs) -> tuple[str | None, list[str]
     if not train.model_fields_set:
         return None, []
     try:
-        num_rows = [round(rows.expected) for rows in inputs.survey.rows.values()]
-        order = order_of(train, list(inputs.urls), num_rows, config.views)
+        num_images = [round(rows.expected) for rows in inputs.survey.rows.values()]
+        num_views = planned_num_views(config, config.views.count)
+        order = order_of(train, list(inputs.urls), num_images, config.views, num_views=num_views)
     except ConfigError as error:
         return None, [_would_fail("training", error)]
     last_rows = order.global_rows(order.num_steps - 1)
     last = f"{order.rows_dropped} rows dropped" if train.tail == "drop" else f"the last of {last_rows}"
-    return f"{order.num_steps} steps of {train.global_batch_size} rows, {last} (train.tail: {train.tail})", []
+    of_image = f" ({train.views_per_image} views of each image)" if train.views_per_image > 1 else ""
+    steps = f"{order.num_steps} steps of {train.global_batch_size} rows{of_image}"
+    return f"{steps}, {last} (train.tail: {train.tail})", []
 
 
 def describe(report: Report) -> str:
@@ -178,7 +182,8 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
 
 def _break_even(plan: CachePlan) -> str:
     even = plan.break_even
-    text = f"fewer teacher forwards than online training if students x epochs > {even.forwards_per_image}"
+    shown = f" x {even.views_per_image} views" if even.views_per_image > 1 else ""
+    text = f"fewer teacher forwards than online training if students x epochs{shown} > {even.forwards_per_image}"
     if even.epochs is None:
         return text
     students = f"{even.num_students} student{'s' * (even.num_students != 1)}"

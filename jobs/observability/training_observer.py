@@ -37,7 +37,8 @@ class TrainingObserver:
         self._progress: ProgressView | None = None
         self._nodes: dict[int, str] = {}
         self._counted_s, self._worker_s = clock(), 0.0
-        self._speed, self._last_step = _MeanSpeed(config.train.global_batch_size), -1
+        images_per_step = config.train.global_batch_size // config.train.views_per_image
+        self._speed, self._last_step = _MeanSpeed(images_per_step), -1
         self._repeated_steps = 0
         self._latest: dict[str, float] = {}
         self._metrics = metrics_of(config.data, config.train.best)
@@ -175,20 +176,21 @@ class TrainingObserver:
 
 
 def _note(fields: dict[str, Any]) -> str:
-    return (
-        f"loss {fields['loss']:.4f}, {fields['images_per_s']:.0f} images/s, {fields['data_wait']:.0%} waiting for data"
-    )
+    speed = f"{fields['images_per_s']:.0f} images/s"
+    if "views_per_s" in fields:
+        speed += f" in {fields['views_per_s']:.0f} views/s"
+    return f"loss {fields['loss']:.4f}, {speed}, {fields['data_wait']:.0%} waiting for data"
 
 
 class _MeanSpeed:
     """Mean speed over all steps of a training, without evaluations."""
 
-    def __init__(self, global_batch_size: int) -> None:
-        self._batch_size = global_batch_size
+    def __init__(self, images_per_step: int) -> None:
+        self._images_per_step = images_per_step
         self._images, self._seconds, self._wait_s = 0.0, 0.0, 0.0
 
     def add(self, num_steps: int, fields: dict[str, Any]) -> None:
-        images = num_steps * self._batch_size
+        images = num_steps * self._images_per_step
         seconds = images / max(fields["images_per_s"], 1e-9)
         self._images += images
         self._seconds += seconds

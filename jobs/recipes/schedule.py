@@ -9,6 +9,7 @@ from pipeline import storage
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import redact
 from pipeline.models.summary import summarize_model
+from pipeline.student.data.sources import planned_num_views
 from pipeline.student.training.schedule import TrainingPlan, plan_training
 from pipeline.tasks import task_of
 from schemas.config import Config, LossSection, ModelConfig
@@ -113,7 +114,7 @@ def training_plan(recipe: Recipe, config: Config) -> TrainingPlan | None:
     if images is None or not _reads_common_shards(recipe, config):
         return None
     try:
-        return plan_training(config.train, config.views, images)
+        return plan_training(config.train, config.views, images, num_views=_num_views(recipe, config))
     except ConfigError as error:
         assert config.run is not None
         raise ConfigError(
@@ -126,6 +127,16 @@ def training_plan(recipe: Recipe, config: Config) -> TrainingPlan | None:
         ) from error
 
 
+def _num_views(recipe: Recipe, config: Config) -> int | None:
+    """V of a training, which may read a cache of this recipe; None: views do not repeat."""
+    cached = [
+        cache.views.count
+        for cache in recipe.caches.values()
+        if cache.cache is not None and cache.cache.url in config.data.caches
+    ]
+    return planned_num_views(config, min(cached, default=config.views.count))
+
+
 def _reads_common_shards(recipe: Recipe, config: Config) -> bool:
     """Whether a stage reads the shards of ``common``, the number of whose images is ``images``."""
     shards = recipe.document.common.get("data", {}).get("shards")
@@ -136,8 +147,9 @@ def _training_text(config: Config, plan: TrainingPlan | None) -> str:
     train = config.train
     steps = "as many steps as the shards give" if plan is None else f"{plan.steps_per_epoch} steps"
     rates = f"{train.lr:g}" if plan is None else ", ".join(f"{lr:.3g} at {step}" for step, lr in plan.lr.items())
+    of_image = f" ({train.views_per_image} views of each image)" if train.views_per_image > 1 else ""
     return (
-        f"{train.epochs} epochs x {steps} of {train.global_batch_size} rows, {train.optimizer}, "
+        f"{train.epochs} epochs x {steps} of {train.global_batch_size} rows{of_image}, {train.optimizer}, "
         f"lr {rates} ({train.schedule}), weight decay {train.weight_decay:g}, {train.precision}"
     )
 

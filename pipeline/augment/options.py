@@ -154,6 +154,8 @@ def _erased_boxes(erasing: ErasingConfig, keys_N2: RandomBits, views_N: Ints) ->
         fits_M = (size_M2 <= 1).all(axis=1)
         box_N4[pending_M[fits_M]] = _place_boxes(size_M2, uniform_M4[:, 2:])[fits_M]
         pending_M = pending_M[~fits_M]
+        if not len(pending_M):
+            break
     return box_N4
 
 

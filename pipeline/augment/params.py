@@ -5,7 +5,7 @@ every platform (see ``random_bits.py``). A cache stores them, so replay does not
 
 Counter layout (part of the format): a view has the key ("view", seed, sample id) and the counters
 (block, view, stream, 0); a matching of mixup partners has the key ("mix", seed, shard id) and the counters
-(block, group, view, 0).
+(block, group, view // mix_repeat, 0).
 """
 
 from __future__ import annotations
@@ -88,9 +88,13 @@ def view_params(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N:
 
 
 def sample_views(
-    plan: ViewsConfig, sample_ids: Sequence[str], view: int, width_N: NDArray[np.int32], height_N: NDArray[np.int32]
+    plan: ViewsConfig,
+    sample_ids: Sequence[str],
+    view: int | Ints,
+    width_N: NDArray[np.int32],
+    height_N: NDArray[np.int32],
 ) -> ViewParams:
-    """``view_params`` of one view of these samples."""
+    """``view_params`` of these samples: of one view, or of a view each."""
     views_N = np.full(len(sample_ids), view, np.int64)
     return view_params(plan, sample_keys(plan.seed, sample_ids), views_N, _as_ints(width_N), _as_ints(height_N))
 
@@ -114,6 +118,8 @@ def is_canary(keys_N2: RandomBits, views_N: Ints) -> NDArray[np.bool_]:
 
 def mix_partners(plan: ViewsConfig, shard_id: str, group: int, view: int, num_ok: int) -> NDArray[np.int32]:
     """Mixup partners: a random matching of the ``num_ok`` ok rows of one mix group.
+
+    Views with the same ``view // plan.mix_repeat`` have the same partners.
 
     Returns:
         int32 [num_ok]: the partner of each row, as a position in the group. An involution without fixed points, except
@@ -142,7 +148,7 @@ def _matching_bits(plan: ViewsConfig, shard_id: str, groups_G: Ints, view: int) 
     counters_GM4 = np.zeros((len(groups_G), blocks, 4), dtype=np.uint64)
     counters_GM4[:, :, 0] = np.arange(blocks)
     counters_GM4[:, :, 1] = groups_G[:, None]
-    counters_GM4[:, :, 2] = view
+    counters_GM4[:, :, 2] = view // plan.mix_repeat
     random_bits = philox4x64(key_of("mix", plan.seed, shard_id)[None], counters_GM4.reshape(-1, 4))
     return random_bits.reshape(len(groups_G), blocks * 4)[:, : plan.mix_group]
 
@@ -170,6 +176,8 @@ def _crop_boxes(
         candidate_M4, fits_M = _attempt(plan, uniform_M4, widths_N[pending_M], heights_N[pending_M])
         box_N4[pending_M[fits_M]] = candidate_M4[fits_M]
         pending_M = pending_M[~fits_M]
+        if not len(pending_M):
+            break
     return box_N4
 
 

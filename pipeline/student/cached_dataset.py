@@ -22,7 +22,7 @@ from pipeline.student.cached_batch import CachedBatch
 from pipeline.student.data.batch import InputSize
 from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.order import TrainingOrder, order_of
-from pipeline.student.data.sources import CachedSource, RowSource, check_any_labelled, open_cached
+from pipeline.student.data.sources import CachedSource, RowSource, check_any_labelled, open_cached, views_in_use
 from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.supervision.canaries import check_canaries
 from pipeline.student.supervision.class_means import cached_means
@@ -67,6 +67,7 @@ class CachedDataset(Dataset[CachedBatch]):
         tail: Literal["drop", "short"] = "drop",
         lanes: int | None = None,
         num_views: int | None = None,
+        views_per_image: int = 1,
         size: int | None = None,
         interpolation: Interpolation | None = None,
         mean: Triple | None = None,
@@ -89,6 +90,8 @@ class CachedDataset(Dataset[CachedBatch]):
             epoch, start_step: see ``set_epoch``.
             global_batch_size: rows of a step over all ranks.
             num_views: the first n views of the caches alone; default: all.
+            views_per_image: k, views of each image in a batch, which is decoded once. Rows of one image have the same
+                sample id; an epoch has k rows of each image.
             size, interpolation: of the student's square input; default: the teacher's.
             mean, std: per channel, of [0,1] RGB, for ``CachedBatch.images``; default: the teacher's.
             temperatures: at which ``topk`` logits are decoded; other encodings need no list. Empty: decode no logits.
@@ -106,6 +109,7 @@ class CachedDataset(Dataset[CachedBatch]):
         data["allow_pixel_drift"] = allow_pixel_drift
         student = {"size": size, "interpolation": interpolation, "mean": mean, "std": std}
         train = {"global_batch_size": global_batch_size, "seed": seed, "order": order, "tail": tail, "lanes": lanes}
+        train["views_per_image"] = views_per_image
         options = build_section(_Options, {"data": data, "student": student, "train": train}, where="CachedDataset")
         require(options, "data.cache", command="CachedDataset")
         _check_rank(rank, world_size)
@@ -142,8 +146,8 @@ class CachedDataset(Dataset[CachedBatch]):
 
     @property
     def num_views(self) -> int:
-        """V, the number of views that are shown; epoch e shows view e mod V."""
-        return self._source.num_views
+        """V, the number of views that are shown; epoch e shows view e mod V, or k views from e·k mod V on."""
+        return views_in_use(self._spec.caches, self._spec.data)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -320,7 +324,7 @@ def _open_rows(spec: SupervisionSpec, reads: Reads, *, verify_canaries: bool, re
 
 
 def _checked_order(train: TrainConfig, spec: SupervisionSpec, source: CachedSource, world_size: int) -> TrainingOrder:
-    order = order_of(train, source.shard_ids, source.num_ok, spec.plan)
+    order = order_of(train, source.shard_ids, source.num_ok, spec.plan, num_views=source.num_views)
     rows, step = order.smallest_batch(world_size)
     if rows == 0:
         raise ConfigError(

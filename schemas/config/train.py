@@ -32,7 +32,12 @@ class BalanceConfig(Section):
 class TrainConfig(Section):
     """Optimiser, schedule and order of training."""
 
-    epochs: int = Field(1, ge=1, description="Passes over the training rows; epoch e sees one view of each.")
+    epochs: int = Field(1, ge=1, description="Passes over the training images; epoch e shows view e of each.")
+    views_per_image: int = Field(
+        1,
+        ge=1,
+        description="k, views of each image in a batch, decoded once: epoch e shows views e * k to e * k + k - 1.",
+    )
     global_batch_size: int = Field(256, ge=1, description="G, rows per optimiser step over all ranks.")
     accumulate: int = Field(1, ge=1, description="Number of micro-batches of a rank in a full step.")
     precision: Precision = Field(
@@ -82,7 +87,9 @@ class TrainConfig(Section):
     deterministic: bool = Field(False, description="Only deterministic algorithms, in all of torch.")
     seed: int = Field(0, ge=0, lt=2**63, description="Initial weights, order, dropout.")
     order: Literal["global", "pinned"] = Field("global", description="Shards permuted per epoch, or once by the seed.")
-    lanes: int | None = Field(None, ge=1, description="C; default: the largest divisor of G (pairs: G/2) up to 64.")
+    lanes: int | None = Field(
+        None, ge=1, description="C; default: the largest divisor of the units of a batch up to 64."
+    )
     tail: Literal["drop", "short"] = Field("drop", description="Rows beyond the last full global batch.")
     num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
     eval_every_epochs: int = Field(1, ge=0, description="0: only after the last epoch.")

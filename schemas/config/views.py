@@ -72,6 +72,9 @@ class ViewsConfig(Section):
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     crop_fraction: float = Field(0.875, gt=0, le=1, description="Eval views: side of the centred box / shorter edge.")
     mix_group: int = Field(256, ge=2, description="Consecutive ok rows among which mixup partners are matched.")
+    mix_repeat: int = Field(
+        1, ge=1, le=65_535, description="r, views in a row with the same partners, for train.views_per_image."
+    )
     # The views id leaves out null options, so a new option does not change the ids of existing plans.
     jitter: JitterConfig | None = Field(None, description="Colour jitter of the flipped crop.")
     randaugment: RandAugmentConfig | None = Field(None, description="RandAugment, after jitter.")
@@ -106,6 +109,8 @@ class ViewsConfig(Section):
             raise ValueError(f"kind eval is never augmented, but {', '.join(named)} is set")
         if self.cutmix is not None and not self.mixes:
             raise ValueError(f"cutmix needs partners, and kind {self.kind} mixes nothing; expected function_matching")
+        if self.mix_repeat > 1 and not self.mixes:
+            raise ValueError(f"mix_repeat is {self.mix_repeat}, and kind {self.kind} mixes nothing; expected 1")
         return self
 
     @property

@@ -88,7 +88,7 @@ def _compare(encoding: str, source: CachedSource, config: Config, folder: Path) 
 
 
 def _all_columns(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
-    columns = read_rows(source, rows, group_by_shard(rows), 0).teachers[0]
+    columns = read_rows(source, rows, group_by_shard(rows), [0]).teachers[0]
     return decode_outputs(columns, source.outputs[0], source.reads).tensors["logits", None]
 
 

@@ -118,7 +118,7 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
 
 def _rows_of(source: CachedSource, ordered: OrderedRows, epoch: int) -> Iterator[_Row]:
     by_shard = group_by_shard(ordered)
-    rows = read_rows(source, ordered, by_shard, epoch)
+    rows = read_rows(source, ordered, by_shard, [epoch])
     boxes, flips = (rows.rows_N[name].tolist() for name in ("box", "flip"))
     for shard, position_N in by_shard:
         for row in position_N.tolist():

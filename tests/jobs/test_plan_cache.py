@@ -25,6 +25,17 @@ def test_a_plan_writes_nothing_and_counts_rows_and_steps(tree: Tree, tmp_path: P
     assert "4 steps of 24 rows, 0 rows dropped" in text
 
 
+def test_a_plan_counts_the_views_of_an_epoch(tree: Tree) -> None:
+    one, two = (
+        report(config_of(tree(train={"global_batch_size": 24, "epochs": 2, "views_per_image": k})), measured=False)
+        for k in (1, 2)
+    )
+    assert "students x epochs x 2 views > 4; with train.epochs=2 from 2 students on" in describe(two)
+    assert "8 steps of 24 rows (2 views of each image), 0 rows dropped" in describe(two)
+    # The second view of each of 4 shards: its rows, the footer of its part, and the index.
+    assert two.plan.traffic.epoch.get - one.plan.traffic.epoch.get == 4 * 3
+
+
 @pytest.mark.usefixtures("built_cache")
 def test_a_finished_cache_leaves_nothing_to_do(tree: Tree) -> None:
     plan = report(config_of(tree()), measured=False)

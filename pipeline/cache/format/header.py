@@ -32,6 +32,9 @@ def views_body(
     body = plan.model_dump(mode="json", exclude={"count", "size", "pixels"}, exclude_none=True)
     if plan.jpeg_quality is not None:
         body["pixels"] = {**jpeg_settings(plan.jpeg_quality), "size": size, "interpolation": interpolation}
+    # Plans that are older than this key have the id of its default.
+    if plan.mix_repeat == 1:
+        del body["mix_repeat"]
     return {**body, "rng_version": RNG_VERSION}
 
 

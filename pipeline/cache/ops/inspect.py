@@ -182,7 +182,8 @@ def _view_names(header: Header) -> list[str]:
     """The kind of the views and the options of the plan."""
     options = (name for name, field in ViewsConfig.model_fields.items() if field.default is None)
     stored = [] if header.pixels is None else [f"stored as {header.pixels}"]
-    return [str(header.views["kind"]), *(name for name in options if name in header.views), *stored]
+    repeat = [f"mix_repeat {header.views['mix_repeat']}"] if "mix_repeat" in header.views else []
+    return [str(header.views["kind"]), *(name for name in options if name in header.views), *repeat, *stored]
 
 
 def _derived(header: Header) -> str | None:

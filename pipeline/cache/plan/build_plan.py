@@ -85,16 +85,18 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class BreakEven:
-    """When a cache needs fewer teacher forwards than online training: forwards an image < students x epochs.
+    """When a cache needs fewer teacher forwards than online training: forwards an image < students x epochs x k.
 
     Attributes:
         forwards_per_image: V, and one for an eval pass.
         epochs: of the config's training, if it sets them; ``num_students`` is then the smallest number that pays.
+        views_per_image: k, the views of an image that an epoch shows.
     """
 
     forwards_per_image: int
     epochs: int | None
     num_students: int | None
+    views_per_image: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +245,10 @@ def _traffic(inputs: PlanInputs, row_bytes: float) -> Traffic:
 
 
 def _break_even(config: Config) -> BreakEven:
-    """A cache computes each view once; online, each student computes one forward an image and epoch."""
+    """A cache computes each view once; online, each student computes a forward for each view that an epoch shows."""
     has_eval_pass = config.cache is not None and config.cache.class_means == "eval"
     per_image = config.views.count + has_eval_pass
     epochs = config.train.epochs if "epochs" in config.train.model_fields_set else None
-    return BreakEven(per_image, epochs, None if epochs is None else per_image // epochs + 1)
+    shown = config.train.views_per_image
+    num_students = None if epochs is None else per_image // (epochs * shown) + 1
+    return BreakEven(per_image, epochs, num_students, shown)

@@ -65,11 +65,12 @@ def epoch_requests(inputs: PlanInputs) -> Requests:
     A rank fetches ahead, and each of its loader processes opens the shards of its rows. No shard is read where the
     cache stores the views.
     """
+    train = inputs.config.train
+    num_opens, views = 1 + max(1, train.num_workers), train.views_per_image
     if inputs.config.views.pixels != "none":
-        return Requests(get=len(inputs.urls) * _GETS_PER_VIEW)
-    num_opens = 1 + max(1, inputs.config.train.num_workers)
+        return Requests(get=len(inputs.urls) * views * _GETS_PER_VIEW)
     return Requests(
-        get=sum(_gets_per_fetch(inputs, shard, num_opens=num_opens) + _GETS_PER_VIEW for shard in inputs.urls)
+        get=sum(_gets_per_fetch(inputs, shard, num_opens=num_opens) + views * _GETS_PER_VIEW for shard in inputs.urls)
     )
 
 

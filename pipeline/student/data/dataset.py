@@ -36,7 +36,7 @@ class StepDataset(Dataset[Batch]):
 
     Args:
         teachers: input sizes of the online teachers, which take the same views.
-        student_views: the plan of a student whose views differ from its teacher's, a new view each epoch.
+        student_views: the plan of a student whose views differ from its teacher's; they do not repeat.
         required_targets: columns in which a row without a target is an error, raised here, where targets are still on
             the CPU.
     """
@@ -67,18 +67,18 @@ class StepDataset(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         epoch, local_step = divmod(step, self.order.num_steps)
         if self._epoch is None or self._epoch.epoch != epoch:
-            self._epoch = self.order.epoch(epoch, self.source.view_of(epoch))
+            self._epoch = self.order.epoch(epoch, self.source.view_of(self.order.views(epoch)[0]))
         rows = self._epoch.rows(local_step, self.rank, self.world_size)
         return self._batch(step, epoch, rows, self.order.global_rows(local_step))
 
     def _batch(self, step: int, epoch: int, ordered: OrderedRows, num_rows_global: int) -> Batch:
-        by_shard = group_by_shard(ordered)
-        rows = read_rows(self.source, ordered, by_shard, epoch)
+        by_shard, views = group_by_shard(ordered), self.order.views(epoch)
+        rows = read_rows(self.source, ordered, by_shard, views)
         targets = {
             column.name: rows.rows_N[column.name] for column in self.source.task.columns if column.name != DOMAIN
         }
         self._check(ordered, rows, targets)
-        pixels, teacher_pixels = self._pixels(rows, by_shard, epoch)
+        pixels, teacher_pixels = self._pixels(rows, by_shard, views[0] + ordered.view_B.astype(np.int64))
         mixes = self.order.plan.mixes
         cutmix_box_B4 = cutmix_boxes(rows.aug_params)
         batch = Batch(
@@ -115,35 +115,38 @@ class StepDataset(Dataset[Batch]):
             check_labelled(rows.sample_ids, self.source.task, targets, self.required_targets)
 
     def _pixels(
-        self, rows: SampleRows, by_shard: ByShard, epoch: int
+        self, rows: SampleRows, by_shard: ByShard, view_B: NDArray[np.int64]
     ) -> tuple[list[Tensor | None], dict[InputSize, list[Tensor | None]]]:
         """The views of each row, for the student and for teachers with another input; each image is decoded once."""
         if self.source.stores_views:
-            return self._stored_views(rows, by_shard, epoch), {}
+            return self._stored_views(rows, by_shard, view_B), {}
         pixels: list[Tensor | None] = [None] * len(rows)
         teacher_pixels: dict[InputSize, list[Tensor | None]] = {size: [None] * len(rows) for size in self.teachers}
         teacher_views, byte_ranges, sample_ids = _RowViews.of(rows), rows.byte_ranges, rows.sample_ids
         student_views = (
-            teacher_views if self.student_views is None else _RowViews.sampled(rows, self.student_views, epoch)
+            teacher_views if self.student_views is None else _RowViews.sampled(rows, self.student_views, view_B)
         )
         quality = self.order.plan.jpeg_quality
         for shard, position_N in by_shard:
+            decoded, image = None, torch.empty(0)
             for row in position_N.tolist():
-                image = self.source.files.image(
-                    shard, byte_ranges[row], sample_id=sample_ids[row], max_pixels=self.max_pixels
-                )
+                if byte_ranges[row] != decoded:
+                    decoded = byte_ranges[row]
+                    image = self.source.files.image(
+                        shard, decoded, sample_id=sample_ids[row], max_pixels=self.max_pixels
+                    )
                 pixels[row] = student_views.render(image, row, self.student, quality)
                 for size, views in teacher_pixels.items():
                     views[row] = teacher_views.render(image, row, size, quality)
         return pixels, teacher_pixels
 
-    def _stored_views(self, rows: SampleRows, by_shard: ByShard, epoch: int) -> list[Tensor | None]:
+    def _stored_views(self, rows: SampleRows, by_shard: ByShard, view_B: NDArray[np.int64]) -> list[Tensor | None]:
         """The views that the cache stores, at the size of all networks."""
         pixels: list[Tensor | None] = [None] * len(rows)
-        byte_ranges, sample_ids = rows.pixel_ranges, rows.sample_ids
+        byte_ranges, sample_ids, numbers = rows.pixel_ranges, rows.sample_ids, view_B.tolist()
         for shard, position_N in by_shard:
             for row in position_N.tolist():
-                pixels[row] = self.source.stored_view(shard, epoch, byte_ranges[row], sample_id=sample_ids[row])
+                pixels[row] = self.source.stored_view(shard, numbers[row], byte_ranges[row], sample_id=sample_ids[row])
         return pixels
 
 
@@ -160,9 +163,9 @@ class _RowViews:
         return cls(rows.rows_N["box"].tolist(), rows.rows_N["flip"].tolist(), rows.aug_params)
 
     @classmethod
-    def sampled(cls, rows: SampleRows, plan: ViewsConfig, view: int) -> _RowViews:
-        """A view of another plan, which mixes nothing, for the same rows."""
-        params = sample_views(plan, rows.sample_ids, view, rows.rows_N["width"], rows.rows_N["height"])
+    def sampled(cls, rows: SampleRows, plan: ViewsConfig, view_B: NDArray[np.int64]) -> _RowViews:
+        """These views of another plan, which mixes nothing, for the same rows."""
+        params = sample_views(plan, rows.sample_ids, view_B, rows.rows_N["width"], rows.rows_N["height"])
         return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.aug_params)
 
     def render(self, image_CHW: Tensor, row: int, target: InputSize, quality: int | None) -> Tensor:
@@ -173,20 +176,32 @@ class _RowViews:
 
 
 ByShard = list[tuple[int, NDArray[np.int64]]]
-"""Shards by their position in the order, each with the positions of its rows in the batch."""
+"""Shards by their position in the order, each with the positions of its rows in the batch, image by image."""
 
 
 def group_by_shard(ordered: OrderedRows) -> ByShard:
     """A batch's rows, by the shard that they are read from."""
-    position_B = np.argsort(ordered.shard_B, kind="stable")
+    position_B = np.lexsort((ordered.row_B, ordered.shard_B))
     starts = np.flatnonzero(np.diff(ordered.shard_B[position_B], prepend=-1))
     return [(int(ordered.shard_B[position_N[0]]), position_N) for position_N in np.split(position_B, starts[1:])]
 
 
-def read_rows(source: RowSource, ordered: OrderedRows, by_shard: ByShard, epoch: int) -> SampleRows:
-    """The rows of a batch, in its order, before their images are read."""
-    chunks = [source.rows(shard, ordered.row_B[position_N], epoch) for shard, position_N in by_shard]
-    return scatter(chunks, [position_N for _, position_N in by_shard])
+def read_rows(source: RowSource, ordered: OrderedRows, by_shard: ByShard, views: Sequence[int]) -> SampleRows:
+    """The rows of a batch, in its order, before their images are read.
+
+    Args:
+        views: those that the epoch shows, ``TrainingOrder.views``.
+    """
+    if len(views) == 1:
+        chunks = [source.rows(shard, ordered.row_B[position_N], views[0]) for shard, position_N in by_shard]
+        return scatter(chunks, [position_N for _, position_N in by_shard])
+    view_B = views[0] + ordered.view_B.astype(np.int64)
+    placed = [
+        (chunk, position_N[at])
+        for shard, position_N in by_shard
+        for chunk, at in source.rows_of_views(shard, ordered.row_B[position_N], view_B[position_N])
+    ]
+    return scatter([chunk for chunk, _ in placed], [position_M for _, position_M in placed])
 
 
 def _stack(pixels: list[Tensor | None], *, spare_bytes: int | None = None) -> Tensor:

@@ -26,16 +26,18 @@ class OrderedRows:
         shard_B: int32; position in the order's list of shards.
         row_B: int32; ordinal among that shard's ok rows.
         partner_B: int32; position in this batch of the mixup partner, a row's own position where it is not mixed.
+        view_B: int32; position among the views that the epoch shows, 0 to k - 1.
     """
 
     shard_B: NDArray[np.int32]
     row_B: NDArray[np.int32]
     partner_B: NDArray[np.int32]
+    view_B: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class _Units:
-    """Units of the order: single rows, or pairs (``W`` = 1 or 2). An absent second row is -1."""
+    """Units of the order: single images, or pairs (``W`` = 1 or 2), by their rows. An absent second image is -1."""
 
     shard_UW: NDArray[np.int32]
     row_UW: NDArray[np.int32]
@@ -80,7 +82,8 @@ class EpochOrder:
             raise IndexError(f"step {step} of an epoch of {self.order.num_steps} steps")
         size = self.order.units_per_lane_step
         taken = slice(step * size, (step + 1) * size)
-        return _flatten(_concatenate([units[taken] for units in self._lanes_of(rank, world_size)]))
+        units = _concatenate([units[taken] for units in self._lanes_of(rank, world_size)])
+        return _flatten(units, self.order.views_per_image)
 
     def first_steps(self, steps: range, rank: int, world_size: int) -> list[tuple[int, int]]:
         """(step, shard) of each shard that the rank reads in these steps, by the first step that needs it."""
@@ -107,7 +110,7 @@ class EpochOrder:
 
     def _slice(self, start: int, stop: int) -> _Units:
         """Units ``start`` to ``stop`` of the epoch's sequence."""
-        chunks = [_no_units(self.order.rows_per_unit)]
+        chunks = [_no_units(self.order.images_per_unit)]
         position = int(np.searchsorted(self.ends_S, start, side="right"))
         while start < stop:
             units, end = self._shard_units(int(self.sequence_S[position])), int(self.ends_S[position])
@@ -181,8 +184,8 @@ def _single_units(shard: int, num_rows: int) -> _Units:
     return _Units(np.full((num_rows, 1), shard, dtype=np.int32), row_U1, np.zeros(num_rows, dtype=np.bool_))
 
 
-def _no_units(rows_per_unit: int) -> _Units:
-    nothing = np.empty((0, rows_per_unit), dtype=np.int32)
+def _no_units(images_per_unit: int) -> _Units:
+    nothing = np.empty((0, images_per_unit), dtype=np.int32)
     return _Units(nothing, nothing, np.empty(0, dtype=np.bool_))
 
 
@@ -194,10 +197,13 @@ def _concatenate(chunks: Sequence[_Units]) -> _Units:
     )
 
 
-def _flatten(units: _Units) -> OrderedRows:
-    row_B, shard_B = units.row_UW.reshape(-1), units.shard_UW.reshape(-1)
-    position_B = np.arange(len(row_B), dtype=np.int32)
-    # Partners are at positions 2j and 2j + 1, and only the very last unit can lack its second row.
-    partner_B = np.where(np.repeat(units.mixed_U, units.row_UW.shape[1]), position_B ^ 1, position_B)
-    present_B = row_B >= 0
-    return OrderedRows(shard_B[present_B], row_B[present_B], partner_B[present_B])
+def _flatten(units: _Units, views_per_image: int) -> OrderedRows:
+    """The rows of each unit, view by view."""
+    row_UkW, shard_UkW = (values[:, None].repeat(views_per_image, 1) for values in (units.row_UW, units.shard_UW))
+    view_UkW = np.broadcast_to(np.arange(views_per_image, dtype=np.int32)[:, None], row_UkW.shape)
+    mixed_UkW = np.broadcast_to(units.mixed_U[:, None, None], row_UkW.shape)
+    present_UkW = row_UkW >= 0
+    position_B = np.arange(np.count_nonzero(present_UkW), dtype=np.int32)
+    # Partners are at positions 2j and 2j + 1: only the very last unit can lack its second image.
+    partner_B = np.where(mixed_UkW[present_UkW], position_B ^ 1, position_B)
+    return OrderedRows(shard_UkW[present_UkW], row_UkW[present_UkW], partner_B, view_UkW[present_UkW])

@@ -1,9 +1,10 @@
 """The sample order: the rows of every (epoch, step, rank), from (seed, epoch) and the index's counts alone.
 
-The order of an epoch is built in four stages. Units (rows; mixup pairs under mixing) are permuted inside each shard;
-shards are concatenated in the epoch's order; that sequence is split into C contiguous lanes; each lane is shuffled
-inside windows of a few shards. A step takes the same number of units from every lane, and a rank owns whole lanes, so
-the global batches are the same for any world size, and a rank touches few shards at a time.
+The order of an epoch is built in four stages. Units (images; mixup pairs under mixing; with the rows of all views that
+the epoch shows of them) are permuted inside each shard; shards are concatenated in the epoch's order; that sequence is
+split into C contiguous lanes; each lane is shuffled inside windows of a few shards. A step takes the same number of
+units from every lane, and a rank owns whole lanes, so the global batches are the same for any world size, and a rank
+touches few shards at a time.
 
 Every permutation is the argsort of raw Philox bits, keyed by what it may depend on and nothing else.
 """
@@ -31,13 +32,15 @@ _WINDOW_STEPS = 2
 class TrainingOrder:
     """The order of a training. Build it with ``order_of``, which checks the numbers.
 
-    Under mixing, mixup partners are adjacent in one batch. A row without a partner in its shard is joined
-    with the next such row into one unit, so that full steps have G rows; the two are not mixed with each other. If the
-    number of rows is odd, the last such row ends the short last step, or is dropped.
+    The k rows of an image, one for each view that the epoch shows, are in one batch: in a row, or under mixing each
+    next to its mixup partner. An image without a partner in its shard is joined with the next such image into
+    one unit, so that full steps have G rows; the two are not mixed with each other. If the number of images is odd, the
+    last such image ends the short last step, or is dropped.
 
     Attributes:
         num_ok_S: int64; ok rows of each shard.
         num_lanes: C.
+        views_per_image: k.
         plan: decides whether rows are mixed, and with whom.
     """
 
@@ -49,10 +52,20 @@ class TrainingOrder:
     kind: Literal["global", "pinned"]
     tail: Literal["drop", "short"]
     plan: ViewsConfig
+    views_per_image: int = 1
+
+    @property
+    def num_images(self) -> int:
+        return int(self.num_ok_S.sum())
 
     @property
     def num_rows(self) -> int:
-        return int(self.num_ok_S.sum())
+        """Views of all images in an epoch."""
+        return self.num_images * self.views_per_image
+
+    def views(self, epoch: int) -> range:
+        """The views that an epoch shows of each image, counted over all epochs; see ``RowSource.view_of``."""
+        return range(epoch * self.views_per_image, (epoch + 1) * self.views_per_image)
 
     @property
     def num_steps(self) -> int:
@@ -108,13 +121,17 @@ class TrainingOrder:
         return rows - self.num_rows % self.rows_per_unit if ends_the_epoch else rows
 
     def epoch(self, epoch: int, view: int) -> EpochOrder:
-        """The order of one epoch, with the mixup partners of ``view``. Lanes are built at their first use."""
+        """The order of one epoch. Lanes are built at their first use.
+
+        Args:
+            view: the first view that the epoch shows; all have the same mixup partners.
+        """
         keyed_by = (epoch,) if self.kind == "global" else ()
         sequence_S = permutation(key_of("order/shards", self.seed, *keyed_by), len(self.shard_ids))
-        odd = sequence_S[self.num_ok_S[sequence_S] % self.rows_per_unit == 1]
+        odd = sequence_S[self.num_ok_S[sequence_S] % self.images_per_unit == 1]
         joined_S = np.full(len(self.shard_ids), -1, dtype=np.int64)
         joined_S[odd[: len(odd) // 2 * 2 : 2]] = odd[1::2]
-        units_S = self.num_ok_S // self.rows_per_unit + (joined_S >= 0)
+        units_S = self.num_ok_S // self.images_per_unit + (joined_S >= 0)
         return EpochOrder(
             order=self,
             epoch=epoch,
@@ -126,8 +143,12 @@ class TrainingOrder:
         )
 
     @property
+    def images_per_unit(self) -> int:
+        return _images_per_unit(self.plan)
+
+    @property
     def rows_per_unit(self) -> int:
-        return 2 if self.plan.mixes else 1
+        return self.images_per_unit * self.views_per_image
 
     @property
     def units_per_lane_step(self) -> int:
@@ -163,8 +184,8 @@ class TrainingOrder:
     def lane_bounds(self, lane: int) -> tuple[int, int]:
         """First and last + 1 of a lane's positions in the epoch's sequence of units.
 
-        Lanes differ by one unit at most and the last is never the shorter, so a last single row, at its end, falls into
-        the last step.
+        Lanes differ by one unit at most and the last is never the shorter, so a last single image, at its end, falls
+        into the last step.
         """
         num_units = self.num_rows // self.rows_per_unit
         if self.tail == "short":
@@ -172,52 +193,132 @@ class TrainingOrder:
         return lane * num_units // self.num_lanes, (lane + 1) * num_units // self.num_lanes
 
 
-def order_of(train: TrainConfig, shard_ids: Sequence[str], num_ok: Sequence[int], plan: ViewsConfig) -> TrainingOrder:
+def order_of(
+    train: TrainConfig,
+    shard_ids: Sequence[str],
+    num_ok: Sequence[int],
+    plan: ViewsConfig,
+    *,
+    num_views: int | None = None,
+) -> TrainingOrder:
     """The order of a config's ``train`` section, whose every full step has ``train.global_batch_size`` rows.
 
-    Without ``train.lanes``, C is the largest divisor of G (under mixing of G/2) up to 64.
+    Without ``train.lanes``, C is the largest divisor of the units of a step up to 64.
+
+    Args:
+        num_views: V, after which views repeat; None: they do not.
 
     Raises:
-        ConfigError: G is odd under mixing, C does not divide it, there are too few rows, or ``tail: drop`` would drop
-            more than 5 % of them.
+        ConfigError: see ``check_units``; there are too few rows, or ``tail: drop`` would drop more than 5 % of them.
     """
     assert len(shard_ids) == len(num_ok), "one count for each shard"
+    num_lanes = check_units(train, plan, num_views)
     order = TrainingOrder(
         shard_ids=tuple(shard_ids),
         num_ok_S=np.asarray(num_ok, dtype=np.int64),
         seed=train.seed,
         global_batch_size=train.global_batch_size,
-        num_lanes=_checked_lanes(train.global_batch_size, train.lanes, rows_per_unit=2 if plan.mixes else 1),
+        num_lanes=num_lanes,
         kind=train.order,
         tail=train.tail,
         plan=plan,
+        views_per_image=train.views_per_image,
     )
     _check_rows(order)
     return order
 
 
-def _checked_lanes(global_batch_size: int, lanes: int | None, *, rows_per_unit: int) -> int:
-    if global_batch_size % rows_per_unit:
-        raise ConfigError(
-            "mixed rows come in pairs, so a global batch needs an even number of rows",
-            code="train.odd-batch-size",
-            where="train.global_batch_size",
-            got=global_batch_size,
-            expected="an even number",
-            next_step=f"set train.global_batch_size={global_batch_size + 1}",
-        )
-    units = global_batch_size // rows_per_unit
+def _images_per_unit(plan: ViewsConfig) -> int:
+    return 2 if plan.mixes else 1
+
+
+def check_units(train: TrainConfig, plan: ViewsConfig, num_views: int | None) -> int:
+    """Checks that batches consist of whole units, and that the views of an epoch exist and have the same partners.
+
+    Args:
+        num_views: V, after which views repeat; None: they do not.
+
+    Returns:
+        C, the number of lanes.
+
+    Raises:
+        ConfigError: k, the number of views of an image in a batch, is more than V; under mixing it divides
+            ``views.mix_repeat`` or V not; a unit's rows do not divide G; or C does not divide G's units.
+    """
+    if train.views_per_image > 1:
+        _check_views(train.views_per_image, plan, num_views)
+    rows_per_unit = _images_per_unit(plan) * train.views_per_image
+    if train.global_batch_size % rows_per_unit:
+        raise _partial_units(train, rows_per_unit)
+    units, lanes = train.global_batch_size // rows_per_unit, train.lanes
     largest = max(count for count in range(1, min(_MAX_DEFAULT_LANES, units) + 1) if units % count == 0)
     if lanes is not None and units % lanes:
+        of_unit = f" / {rows_per_unit}, the rows of {'a pair' if plan.mixes else 'an image'}" * (rows_per_unit > 1)
         raise ConfigError(
             "the number of lanes does not divide the global batch, and a step takes as many rows from each lane",
             code="train.lanes-not-divisor",
             where="train.lanes",
             got=lanes,
-            expected=f"a divisor of {units} (train.global_batch_size{' / 2, for mixed rows' * (rows_per_unit == 2)})",
+            expected=f"a divisor of {units} (train.global_batch_size{of_unit})",
             next_step=f"leave train.lanes out to get {largest}",
         )
     return lanes or largest
+
+
+def _partial_units(train: TrainConfig, rows_per_unit: int) -> ConfigError:
+    rows, views = train.global_batch_size, train.views_per_image
+    if views == 1:
+        return ConfigError(
+            "mixed rows come in pairs, so a global batch needs an even number of rows",
+            code="train.odd-batch-size",
+            where="train.global_batch_size",
+            got=rows,
+            expected="an even number",
+            next_step=f"set train.global_batch_size={rows + 1}",
+        )
+    return ConfigError(
+        "a global batch counts rows, and does not hold all views of each of its images",
+        code="train.partial-images",
+        where="train.global_batch_size with train.views_per_image",
+        got=f"{rows} rows, {views} views of an image",
+        expected=f"a multiple of {rows_per_unit}" + (": mixed images come in pairs" if rows_per_unit > views else ""),
+        next_step=f"set train.global_batch_size={-(-rows // rows_per_unit) * rows_per_unit}",
+    )
+
+
+def _check_views(views_per_image: int, plan: ViewsConfig, num_views: int | None) -> None:
+    if num_views is not None and views_per_image > num_views:
+        raise ConfigError(
+            "a batch cannot hold more views of an image than there are",
+            code="train.too-few-views",
+            where="train.views_per_image",
+            got=views_per_image,
+            expected=f"1 to {num_views}" + (" (kind eval has one view)" if plan.kind == "eval" else ""),
+            next_step=f"set train.views_per_image={num_views}, or build a cache of more views (views.count)",
+        )
+    if not plan.mixes:
+        return
+    if plan.mix_repeat % views_per_image:
+        raise ConfigError(
+            "each view mixes an image with another partner, so its views cannot share a batch with their partners'",
+            code="train.partners-differ",
+            where="train.views_per_image with views.mix_repeat",
+            got=f"views_per_image {views_per_image}, mix_repeat {plan.mix_repeat}",
+            expected="views_per_image divides mix_repeat",
+            next_step=f"set train.views_per_image=1; or views.mix_repeat={views_per_image}, so that as many views in a "
+            "row have the same partners (other views, so another cache.url); or views.kind=crop, which mixes nothing",
+        )
+    if num_views is not None and num_views % views_per_image:
+        whole = num_views // views_per_image * views_per_image
+        raise ConfigError(
+            "after the last view the first one follows, with other partners, so both cannot be in one batch",
+            code="train.views-not-multiple",
+            where="train.views_per_image",
+            got=f"views_per_image {views_per_image}, {num_views} views",
+            expected="a divisor of the number of mixed views",
+            next_step=f"set data.num_views={whole} to train on the first {whole} views of the cache, or "
+            f"views.count={whole + views_per_image} to add views to it",
+        )
 
 
 def _check_rows(order: TrainingOrder) -> None:

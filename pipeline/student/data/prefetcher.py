@@ -24,11 +24,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _ShardNeed:
-    """A shard that an epoch needs first at this step, counted over all epochs."""
+    """A shard and views of it that an epoch needs first at this step, counted over all epochs."""
 
     step: int
     shard: int
-    epoch: int
+    views: range
 
 
 class Prefetcher:
@@ -40,7 +40,7 @@ class Prefetcher:
     def __init__(self, source: RowSource, order: TrainingOrder, *, rank: int, world_size: int, steps: range) -> None:
         self._source, self._order = source, order
         self._rank, self._world_size = rank, world_size
-        self._max_ahead = _max_ahead(source, world_size)
+        self._max_ahead = _max_ahead(source, order.views_per_image, world_size)
         self._needs = self._look_ahead(steps)
         self._next: _ShardNeed | None = None
         self._ahead: deque[int] = deque()
@@ -82,14 +82,15 @@ class Prefetcher:
     def _look_ahead(self, steps: range) -> Iterator[_ShardNeed]:
         num_steps = self._order.num_steps
         for epoch in range(steps.start // num_steps, -(-steps.stop // num_steps)):
-            first, rows = epoch * num_steps, self._order.epoch(epoch, self._source.view_of(epoch))
+            first, views = epoch * num_steps, self._order.views(epoch)
+            rows = self._order.epoch(epoch, self._source.view_of(views[0]))
             expected = range(max(steps.start - first, 0), min(steps.stop - first, num_steps))
             for step, shard in rows.first_steps(expected, self._rank, self._world_size):
-                yield _ShardNeed(first + step, shard, epoch)
+                yield _ShardNeed(first + step, shard, views)
 
     def _fetch(self, need: _ShardNeed) -> None:
         try:
-            self._source.fetch(need.shard, need.epoch)
+            self._source.fetch(need.shard, need.views)
         except StillroomError as error:
             # The reader raises the same error at its step, after all batches before it.
             _log.info("shard %s was not fetched ahead: %s", self._source.shard_ids[need.shard], error.what)
@@ -106,17 +107,18 @@ def ranks_on_node(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
-def _max_ahead(source: RowSource, world_size: int) -> int:
+def _max_ahead(source: RowSource, views_per_image: int, world_size: int) -> int:
     """In shards; half of the store is left to the files in use."""
-    if source.fetched_bytes == 0:
+    shard_bytes = source.fetched_bytes(views_per_image)
+    if shard_bytes == 0:
         return 0
-    return max(1, source.store.limit() // 2 // ranks_on_node(world_size) // source.fetched_bytes)
+    return max(1, source.store.limit() // 2 // ranks_on_node(world_size) // shard_bytes)
 
 
 def budget_warnings(source: RowSource, order: TrainingOrder, *, rank: int, world_size: int) -> list[str]:
     """Warns if the files that are in use at a time do not fit into the node's store."""
     shards = min(order.shards_at_once(rank, world_size) * ranks_on_node(world_size), len(source.shard_ids))
-    needed, limit = shards * source.fetched_bytes, source.store.limit()
+    needed, limit = shards * source.fetched_bytes(order.views_per_image), source.store.limit()
     if needed <= limit:
         return []
     return [

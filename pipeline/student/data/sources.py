@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ class RowSource(ABC):
 
     Attributes:
         num_ok: of each shard.
+        num_views: V, after which views repeat; None: they do not.
         outputs: those of each cached teacher that are read, by name.
         reads: the outputs that losses read, whether or not a cache has them.
         files: the images.
@@ -56,40 +57,48 @@ class RowSource(ABC):
         store: NodeStore,
         *,
         name_shards: str,
+        num_views: int | None,
         outputs: Sequence[Mapping[str, Output]] = (),
         reads: Reads | None = None,
     ) -> None:
-        self.shard_ids, self.num_ok, self.task = shard_ids(urls), num_ok, task
+        self.shard_ids, self.num_ok, self.task, self.num_views = shard_ids(urls), num_ok, task, num_views
         self.outputs, self.reads = outputs, reads or {}
         self.store, self.files = store, ShardFiles(urls, store, name_shards=name_shards)
         self.are_shards_local = all(storage.protocol(url) == "file" for url in urls)
 
-    @abstractmethod
-    def view_of(self, epoch: int) -> int:
-        """The view that an epoch shows."""
+    def view_of(self, number: int) -> int:
+        """The view with this number in ``TrainingOrder.views``, which counts them over all epochs."""
+        return number if self.num_views is None else number % self.num_views
 
     @abstractmethod
     def index(self, shard: int) -> ShardIndex: ...
 
     @abstractmethod
-    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
-        """These rows under the epoch's view, with the outputs of cached teachers."""
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], number: int) -> SampleRows:
+        """These rows under the view with this number, with the outputs of cached teachers."""
 
-    @property
+    def rows_of_views(
+        self, shard: int, ordinal_N: NDArray[np.int32], number_N: NDArray[np.int64]
+    ) -> Iterator[tuple[SampleRows, NDArray[np.int64]]]:
+        """These rows, each under the view with its number: in chunks, with the positions of their rows."""
+        for number in np.unique(number_N).tolist():
+            position_M = np.flatnonzero(number_N == number)
+            yield self.rows(shard, ordinal_N[position_M], number), position_M
+
     @abstractmethod
-    def fetched_bytes(self) -> int:
-        """About how many bytes ``fetch`` brings of a shard, on average."""
+    def fetched_bytes(self, views_per_image: int) -> int:
+        """About how many bytes ``fetch`` brings of a shard and so many views of it, on average."""
 
     def targets(self, shard: int) -> Targets:
         """The target columns of a shard's ok rows."""
         return self.index(shard).ok_targets
 
-    def fetch(self, shard: int, epoch: int) -> None:  # noqa: ARG002
-        """Brings what an epoch reads of a shard to this node. Threads may share it."""
+    def fetch(self, shard: int, numbers: Sequence[int]) -> None:  # noqa: ARG002
+        """Brings a shard and the views with these numbers to this node. Threads may share it."""
         self.files.fetch(shard)
 
-    def stored_view(self, shard: int, epoch: int, byte_range: tuple[int, int, int], *, sample_id: str) -> Tensor:
-        """uint8 [3,size,size]: the view of an epoch, at one of ``SampleRows.pixel_ranges``.
+    def stored_view(self, shard: int, number: int, byte_range: tuple[int, int, int], *, sample_id: str) -> Tensor:
+        """uint8 [3,size,size]: the view with this number, at one of ``SampleRows.pixel_ranges``.
 
         Raises:
             CacheError: its bytes were changed.
@@ -156,16 +165,17 @@ def check_any_labelled(source: RowSource, columns: Sequence[str]) -> None:
 
 
 class IndexedSource(RowSource):
-    """Views sampled while training, without a cache: epoch e sees view e."""
+    """Views sampled while training, without a cache. They do not repeat, unless there is but one."""
 
     def __init__(self, urls: list[str], indexes: list[ShardIndex], plan: ViewsConfig, store: NodeStore) -> None:
         num_ok = [index.num_ok for index in indexes]
-        super().__init__(urls, num_ok, indexes[0].task, store, name_shards="correct data.shards={}")
+        num_views = 1 if plan.kind == "eval" else None
+        name_shards = "correct data.shards={}"
+        super().__init__(urls, num_ok, indexes[0].task, store, name_shards=name_shards, num_views=num_views)
         self.plan, self._indexes = plan, indexes
         self._partners = Memo(self._partners_of, _MEMO_SIZE)
 
-    @property
-    def fetched_bytes(self) -> int:
+    def fetched_bytes(self, views_per_image: int) -> int:  # noqa: ARG002 - no view is fetched
         if self.are_shards_local:
             return 0
         ends = [int((index.offset + index.size).max(initial=0)) for index in self._indexes]
@@ -182,22 +192,31 @@ class IndexedSource(RowSource):
     def index(self, shard: int) -> ShardIndex:
         return self._indexes[shard]
 
-    def view_of(self, epoch: int) -> int:
-        return epoch if self.plan.kind != "eval" else 0
-
     def _partners_of(self, key: tuple[int, int]) -> NDArray[np.int32]:
-        shard, view = key
+        shard, matching = key
         num_ok = self.num_ok[shard]
         if not self.plan.mixes:
             return np.arange(num_ok, dtype=np.int32)
-        return shard_partners(self.plan, self.shard_ids[shard], view, num_ok)
+        return shard_partners(self.plan, self.shard_ids[shard], matching * self.plan.mix_repeat, num_ok)
 
-    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
-        index, view = self._indexes[shard], self.view_of(epoch)
+    def rows_of_views(
+        self, shard: int, ordinal_N: NDArray[np.int32], number_N: NDArray[np.int64]
+    ) -> Iterator[tuple[SampleRows, NDArray[np.int64]]]:
+        """At once: most of the time goes into calls. All these views have the same mixup partners."""
+        yield self._rows(shard, ordinal_N, number_N, int(number_N[0])), np.arange(len(number_N))
+
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], number: int) -> SampleRows:
+        view = self.view_of(number)
+        return self._rows(shard, ordinal_N, view, view)
+
+    def _rows(
+        self, shard: int, ordinal_N: NDArray[np.int32], view: int | NDArray[np.int64], matched_view: int
+    ) -> SampleRows:
+        index = self._indexes[shard]
         position_N = index.ok[ordinal_N]
         sample_ids = index.sample_ids(position_N)
         width_N, height_N = index.width[position_N], index.height[position_N]
-        partner_N = self._partners[shard, view][ordinal_N]
+        partner_N = self._partners[shard, matched_view // self.plan.mix_repeat][ordinal_N]
         params = unmix(sample_views(self.plan, sample_ids, view, width_N, height_N), partner_N == ordinal_N)
         fields = {
             "offset": index.offset[position_N],
@@ -215,9 +234,9 @@ class IndexedSource(RowSource):
 
 
 class CachedSource(RowSource):
-    """Views and teacher outputs as the caches store them: epoch e sees view e mod V.
+    """Views and teacher outputs as the caches store them.
 
-    V is the smallest number of views of all caches, or ``data.num_views``.
+    V is the smallest number of views of all caches, or ``data.num_views``; after the last view the first one follows.
 
     All caches hold the same views of the same rows; index and views are those of the first.
     """
@@ -239,6 +258,7 @@ class CachedSource(RowSource):
             task_of(caches[0].data),
             store,
             name_shards=name_shards,
+            num_views=num_views,
             outputs=tuple(
                 {output.name: output for output in read_outputs(cache.header) if output.name in reads}
                 for cache in caches
@@ -246,14 +266,10 @@ class CachedSource(RowSource):
             reads=reads,
         )
         self.caches, self._shards = tuple(caches), shards
-        self.num_views = num_views
         self._views = ViewFiles(self.caches, shards, store, outputs=tuple(reads))
         self.stores_views = self._views.pixels is not None
         # Training takes all but targets and content hashes from the views.
         self._indexes = Memo(self._read_index, _MEMO_SIZE)
-
-    def view_of(self, epoch: int) -> int:
-        return epoch % self.num_views
 
     def index(self, shard: int) -> ShardIndex:
         return self._indexes[shard]
@@ -261,20 +277,20 @@ class CachedSource(RowSource):
     def _read_index(self, shard: int) -> ShardIndex:
         return self.caches[0].index(self._shards[shard])
 
-    def fetch(self, shard: int, epoch: int) -> None:
-        self._views.fetch(shard, self.view_of(epoch))
+    def fetch(self, shard: int, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._views.fetch(shard, self.view_of(number))
         if not self.stores_views:
-            super().fetch(shard, epoch)
+            super().fetch(shard, numbers)
 
-    def stored_view(self, shard: int, epoch: int, byte_range: tuple[int, int, int], *, sample_id: str) -> Tensor:
-        return self._views.stored_view(shard, self.view_of(epoch), byte_range, sample_id=sample_id)
+    def stored_view(self, shard: int, number: int, byte_range: tuple[int, int, int], *, sample_id: str) -> Tensor:
+        return self._views.stored_view(shard, self.view_of(number), byte_range, sample_id=sample_id)
 
-    @property
-    def fetched_bytes(self) -> int:
+    def fetched_bytes(self, views_per_image: int) -> int:
         some = self._shards[:: -(-len(self._shards) // _NUM_SAMPLED)]
         views = sum(cache.committed_view(shard.shard_id, 0).size_bytes for shard in some for cache in self.caches)
         shards = 0 if self.stores_views or self.are_shards_local else sum(shard.size_bytes for shard in some)
-        return (views + shards) // len(some)
+        return (views * views_per_image + shards) // len(some)
 
     def close(self) -> None:
         super().close()
@@ -284,8 +300,8 @@ class CachedSource(RowSource):
         """Of all ok rows of a shard under a view, in each cache."""
         return self._views.proofs(shard, view)
 
-    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
-        joined = self._views.get(shard, self.view_of(epoch))
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], number: int) -> SampleRows:
+        joined = self._views.get(shard, self.view_of(number))
         teachers = [rows.teacher_columns(ordinal_N) for rows in joined]
         rows = joined[self._views.first]
         return SampleRows(rows.sample_ids(ordinal_N), rows.rows_N[ordinal_N], teachers)
@@ -341,6 +357,13 @@ def views_in_use(caches: Sequence[TeacherCache], data: DataConfig) -> int:
         return smallest.num_views
     check_num_views(data.num_views, smallest.num_views, of=redact(smallest.url))
     return data.num_views
+
+
+def planned_num_views(config: Config, num_cached: int) -> int | None:
+    """``RowSource.num_views`` of the training of a config whose cache has, or will have, so many views."""
+    if config.teacher.mode == "cache":
+        return config.data.num_views or num_cached
+    return 1 if config.views.kind == "eval" else None
 
 
 def check_num_views(num_views: int, num_stored: int, *, of: str) -> None:

@@ -74,7 +74,9 @@ def loss_warnings(
         if intra:
             gathers = world_size == 1 or all(section.gather for section in intra)
             rows = config.train.global_batch_size // (1 if gathers else world_size)
-            texts += _absent_classes(_named("dist", head.name), share_K, rows, may_gather=not gathers)
+            texts += _absent_classes(
+                _named("dist", head.name), share_K, rows, config.train.views_per_image, may_gather=not gathers
+            )
     return texts
 
 
@@ -117,14 +119,18 @@ def _imbalance(loss: str, share_K: NDArray[np.float64]) -> list[str]:
     ]
 
 
-def _absent_classes(loss: str, share_K: NDArray[np.float64], rows: int, *, may_gather: bool) -> list[str]:
-    """For batches of rows sampled by these shares; the batches of the order are close to that."""
-    absent = float(((1 - share_K) ** rows > 0.5).mean())
+def _absent_classes(
+    loss: str, share_K: NDArray[np.float64], rows: int, views_per_image: int, *, may_gather: bool
+) -> list[str]:
+    """For batches of images sampled by these shares; the batches of the order are close to that."""
+    images = rows // views_per_image
+    absent = float(((1 - share_K) ** images > 0.5).mean())
     if absent <= _MANY_ABSENT:
         return []
     gather = "set gather: true, " if may_gather else ""
+    batches = f"batches of {rows} rows" + (f" of {images} images" if views_per_image > 1 else "")
     return [
-        f"{loss} in batches of {rows} rows: {absent:.0%} of the {len(share_K)} classes are absent from most of them, "
+        f"{loss} in {batches}: {absent:.0%} of the {len(share_K)} classes are absent from most of them, "
         "and intra relations of an absent class are noise; "
         f"{gather}raise train.global_batch_size, or lower intra_weight"
     ]

@@ -14,7 +14,8 @@ from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
 from pipeline.models import LoadedModel, load_model, load_untrained, require_weights, unreadable_weights
 from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
-from pipeline.student.data.sources import check_num_views
+from pipeline.student.data.order import check_units
+from pipeline.student.data.sources import check_num_views, planned_num_views
 from pipeline.student.evaluation.compared_teacher import teacher_of_run
 from pipeline.student.evaluation.metrics import metrics_of
 from pipeline.student.evaluation.reference_images import check_reference
@@ -323,6 +324,7 @@ def check_plan(config: Config) -> None:
     """
     check_config(config)
     assert config.cache is not None
+    check_units(config.train, config.views, planned_num_views(config, config.views.count))
     if config.teacher.mode == "cache":
         if config.data.num_views is not None:
             check_num_views(config.data.num_views, config.views.count, of="views.count")

@@ -21,7 +21,11 @@ def num_micro_batches(accumulate: int, num_rows_global: int, global_batch_size: 
 
 
 def split_rows(num_rows: int, num_chunks: int, *, rows_per_unit: int) -> list[slice]:
-    """Contiguous runs of whole units, which differ by one unit at most; only the last unit may be incomplete."""
+    """Contiguous runs of whole units, which differ by one unit at most; only the last unit may be incomplete.
+
+    Args:
+        rows_per_unit: rows that belong together: 2 under mixing, else 1. Views of an image may be in two micro-batches.
+    """
     num_units = -(-num_rows // rows_per_unit)
     bounds = [min(chunk * num_units // num_chunks * rows_per_unit, num_rows) for chunk in range(num_chunks + 1)]
     return [slice(start, stop) for start, stop in pairwise(bounds)]

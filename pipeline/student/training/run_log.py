@@ -27,10 +27,12 @@ class RunLog:
         speed: throughput since the last record.
     """
 
-    def __init__(self, run_url: str, distributed: DistributedContext, report: Report) -> None:
+    def __init__(
+        self, run_url: str, distributed: DistributedContext, report: Report, *, views_per_image: int = 1
+    ) -> None:
         self._run_url, self._report = run_url, report
         self._is_main_rank = distributed.is_main_rank
-        self.steps, self.speed = StepLog(distributed), ThroughputMeter()
+        self.steps, self.speed = StepLog(distributed), ThroughputMeter(views_per_image)
         self._metrics: MetricsFile | None = None
 
     def emit(self, kind: str, **values: Any) -> None:
@@ -86,32 +88,38 @@ class ThroughputMeter:
     """Counts images and waiting time since it was last read or reset.
 
     Steps are queued on the device; read the meter when the device has finished them.
+
+    Attributes:
+        views_per_image: rows of a batch that are views of one image.
     """
 
+    views_per_image: int = 1
     clock: Callable[[], float] = time.monotonic
     _began: float = field(init=False)
     _wait_s: float = field(init=False)
-    _images: int = field(init=False)
+    _rows: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.reset()
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yields the same batches; counts their images over all ranks, and the time that the loader takes for each."""
+        """Yields the same batches; counts their rows over all ranks, and the time that the loader takes for each."""
         while True:
             requested = self.clock()
             batch = next(batches, None)
             if batch is None:
                 return
             self._wait_s += self.clock() - requested
-            self._images += batch.num_rows_global
+            self._rows += batch.num_rows_global
             yield batch
 
     def read(self) -> dict[str, float]:
-        """``images_per_s`` over all ranks, and ``data_wait``: the share of time in which this rank waited for data."""
+        """``images_per_s`` over all ranks, ``views_per_s`` if an image has several views in a batch, and ``data_wait``:
+        the share of time in which this rank waited for data."""
         elapsed_s = max(self.clock() - self._began, 1e-9)
         values = {
-            "images_per_s": round(self._images / elapsed_s, 2),
+            "images_per_s": round(self._rows / self.views_per_image / elapsed_s, 2),
+            **({"views_per_s": round(self._rows / elapsed_s, 2)} if self.views_per_image > 1 else {}),
             "data_wait": round(min(self._wait_s / elapsed_s, 1.0), 4),
         }
         self.reset()
@@ -119,4 +127,4 @@ class ThroughputMeter:
 
     def reset(self) -> None:
         """Excludes the time since the last call, such as that of an evaluation."""
-        self._began, self._wait_s, self._images = self.clock(), 0.0, 0
+        self._began, self._wait_s, self._rows = self.clock(), 0.0, 0

@@ -23,16 +23,18 @@ class TrainingPlan:
     lr: dict[int, float]
 
 
-def plan_training(train: TrainConfig, views: ViewsConfig, num_rows: int) -> TrainingPlan:
+def plan_training(
+    train: TrainConfig, views: ViewsConfig, num_images: int, *, num_views: int | None = None
+) -> TrainingPlan:
     """
     Args:
         views: of the teacher; mixed rows come in pairs.
-        num_rows: of one epoch.
+        num_views: of each image, after which views repeat; None: they do not.
 
     Raises:
         ConfigError: as ``order_of`` and ``check_warmup``.
     """
-    order = order_of(train, ["all"], [num_rows], views)
+    order = order_of(train, ["all"], [num_images], views, num_views=num_views)
     steps_per_epoch, total_steps = order.num_steps, train.epochs * order.num_steps
     check_warmup(train, total_steps)
     milestones = [epoch * steps_per_epoch for epoch in train.milestones if epoch < train.epochs]

@@ -136,7 +136,7 @@ def _assemble(
     student: BuiltStudent | None = None,
 ) -> TrainingSetup:
     train, source, spec = config.train, supervision.source, supervision.spec
-    order = order_of(train, source.shard_ids, source.num_ok, spec.plan)
+    order = order_of(train, source.shard_ids, source.num_ok, spec.plan, num_views=source.num_views)
     student = student or build_student(config, supervision, loss, distributed.device)
     inputs = {f"the teacher of {name}": input_of(teacher.loaded.input) for name, teacher in _named(config, supervision)}
     check_same_input(spec.plan, {**cache_inputs(spec.caches), **inputs, "the student": input_of(student.input_spec)})
@@ -221,7 +221,7 @@ def _check_batches(order: TrainingOrder, student: Student, world_size: int, accu
     rows, step = order.smallest_batch(world_size)
     all_rows = order.global_rows(step)
     num_chunks = num_micro_batches(accumulate, all_rows, order.global_batch_size)
-    min_rows = smallest_micro_batch(rows, num_chunks, rows_per_unit=order.rows_per_unit)
+    min_rows = smallest_micro_batch(rows, num_chunks, rows_per_unit=order.images_per_unit)
     if min_rows >= student.min_rows:
         return
     reason = "; BatchNorm has no statistics of a single row" if min_rows else ""

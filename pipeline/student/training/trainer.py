@@ -57,7 +57,7 @@ def train(config: Config, distributed: DistributedContext | None = None, report:
         demand_workspace()
     setup = prepare(config, distributed)
     try:
-        log = RunLog(run_url, distributed, report)
+        log = RunLog(run_url, distributed, report, views_per_image=config.train.views_per_image)
         validator = Validator(setup, log.emit)
         validator.prepare(run_url)
         setup = _claimed(setup)
@@ -108,6 +108,7 @@ class Trainer:
             first_step=self.progress.step,
             **_teachers(setup),
             **_num_views(setup),
+            **_images_and_views(setup),
         )
         with self.log.files(first_step=self.progress.step, tensorboard=setup.config.train.tensorboard):
             return self._finish(self._train())
@@ -255,6 +256,7 @@ class Trainer:
             "epochs": self.setup.config.train.epochs,
             "seconds": round(self.progress.seconds, 3),
             **_num_views(self.setup),
+            **_images_and_views(self.setup),
             **{metric.key: measured.get(metric.key) for metric in self._metrics.without_teacher},
             f"best_{main}": self.progress.best_value(main),
             "best_metric": None if best is None else best.metric,
@@ -287,6 +289,15 @@ def _num_views(setup: TrainingSetup) -> dict[str, int]:
     if num_views is None:
         return {}
     return {"num_views": num_views, "num_cached_views": min(cache.num_views for cache in caches)}
+
+
+def _images_and_views(setup: TrainingSetup) -> dict[str, int]:
+    """Of an epoch, in a training whose batches hold several views of an image."""
+    order = setup.order
+    if order.views_per_image == 1:
+        return {}
+    rows = order.num_rows - order.rows_dropped
+    return {"images_per_epoch": rows // order.views_per_image, "views_per_image": order.views_per_image}
 
 
 def _start_warnings(setup: TrainingSetup, validator: Validator) -> list[str]:

@@ -26,7 +26,16 @@ from tests.tolerances import ulps
 pytestmark = pytest.mark.long
 
 CONFIGS = Path(jobs.__file__).parent / "configs"
-LOCAL = ("demo", "cifar10", "cifar10-views", "cifar10-losses", "cifar10-pixels", "heads", "embeddings")
+LOCAL = (
+    "demo",
+    "cifar10",
+    "cifar10-views",
+    "cifar10-views-per-image",
+    "cifar10-losses",
+    "cifar10-pixels",
+    "heads",
+    "embeddings",
+)
 PAPERS = (
     "funmatch-imagenet",
     "funmatch-small",

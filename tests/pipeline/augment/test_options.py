@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomErasing
 
@@ -249,3 +250,10 @@ def test_the_id_of_a_plan_without_options_is_that_of_versions_without_options() 
     # Frozen: caches of such plans carry it.
     assert views_id(plan_of(count=50, seed=0, size=224)) == "b39417b70e6b4f83"
     assert "jitter" not in views_body(plan_of())
+
+
+def test_repeated_partners_change_the_views_id_and_partners_of_each_view_do_not() -> None:
+    assert "mix_repeat" not in views_body(plan_of(mix_repeat=1))
+    assert len({views_id(plan_of(mix_repeat=repeat)) for repeat in (1, 2, 4)}) == 3
+    with pytest.raises(ValidationError, match="kind crop mixes nothing"):
+        plan_of(kind="crop", mix_repeat=2)

@@ -121,6 +121,15 @@ def test_partners_are_a_matching(num_ok: int, group: int, view: int) -> None:
     assert int((partners == rows).sum()) == num_ok % 2
 
 
+@given(st.integers(0, 2**40), st.integers(1, 9))
+def test_partners_repeat_in_so_many_views_and_are_those_of_their_number(view: int, mix_repeat: int) -> None:
+    repeated = ViewsConfig(kind="function_matching", mix_repeat=mix_repeat)
+    every_view = ViewsConfig(kind="function_matching")
+    expected = mix_partners(every_view, "s", 1, view // mix_repeat, 50)
+    assert np.array_equal(mix_partners(repeated, "s", 1, view, 50), expected)
+    assert not np.array_equal(mix_partners(repeated, "s", 1, view + mix_repeat, 50), expected)
+
+
 @given(st.integers(0, 40), st.integers(2, 9))
 def test_partners_of_a_shard_are_those_of_its_groups(num_ok: int, mix_group: int) -> None:
     plan = ViewsConfig(kind="function_matching", mix_group=mix_group)

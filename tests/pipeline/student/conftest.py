@@ -17,6 +17,7 @@ NUM_VIEWS = 6
 PLANS: dict[str, dict[str, Any]] = {
     "crop": {"kind": "crop"},
     "function_matching": {"kind": "function_matching"},
+    "repeated": {"kind": "function_matching", "mix_repeat": 2, "cutmix": 0.5},
     "everything": {
         "kind": "function_matching",
         "size": 32,

@@ -127,10 +127,10 @@ def cached_source(
 
 def order_of(source: RowSource, plan: ViewsConfig, **changes: Any) -> TrainingOrder:
     train = TrainConfig.model_validate({"global_batch_size": 8, "tail": "short", **changes})
-    return order.order_of(train, source.shard_ids, source.num_ok, plan)
+    return order.order_of(train, source.shard_ids, source.num_ok, plan, num_views=source.num_views)
 
 
-def dataset(source: RowSource, plan: ViewsConfig, **changes: Any) -> StepDataset:
+def dataset(source: RowSource, plan: ViewsConfig, train: dict[str, Any] | None = None, **changes: Any) -> StepDataset:
     """One rank's batches of 8 rows at 16 pixels, unless changed."""
     keys: dict[str, Any] = {
         "rank": 0,
@@ -138,7 +138,7 @@ def dataset(source: RowSource, plan: ViewsConfig, **changes: Any) -> StepDataset
         "student": InputSize(16, "bilinear"),
         "max_pixels": 10**6,
     }
-    return StepDataset(source, order_of(source, plan), **{**keys, **changes})
+    return StepDataset(source, order_of(source, plan, **(train or {})), **{**keys, **changes})
 
 
 def trainer_of(

@@ -21,19 +21,29 @@ from tests.marks import slow
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 Row = tuple[int, int]
+View = tuple[int, int, int]
+"""Shard, row, position among the views of the epoch."""
 # Frozen: another value here is another format.
 FROZEN_ORDER = [[(2, 0), (2, 4), (1, 1), (1, 2)], [(2, 1), (0, 1), (1, 0), (1, 3)], [(2, 2), (2, 3), (0, 0), (0, 2)]]
 
 
 def build(num_ok: list[int], global_batch_size: int, **changes: Any) -> TrainingOrder:
     names = [f"train-{number:05d}" for number in range(len(num_ok))]
-    plan = changes.pop("plan", ViewsConfig(kind="crop"))
+    plan, num_views = changes.pop("plan", ViewsConfig(kind="crop")), changes.pop("num_views", None)
     train = TrainConfig.model_validate({"global_batch_size": global_batch_size, "tail": "short", **changes})
-    return order_of(train, names, num_ok, plan)
+    return order_of(train, names, num_ok, plan, num_views=num_views)
 
 
 def pairs_of(rows: OrderedRows) -> list[Row]:
     return list(zip(rows.shard_B.tolist(), rows.row_B.tolist(), strict=True))
+
+
+def views_of(rows: OrderedRows) -> list[View]:
+    return list(zip(rows.shard_B.tolist(), rows.row_B.tolist(), rows.view_B.tolist(), strict=True))
+
+
+def batch_of_views(epoch: EpochOrder, step: int, world_size: int) -> list[View]:
+    return [view for rank in range(world_size) for view in views_of(epoch.rows(step, rank, world_size))]
 
 
 def global_batch(epoch: EpochOrder, step: int, world_size: int) -> list[Row]:
@@ -67,14 +77,20 @@ def cases(draw: st.DrawFn) -> Case:
     assume(sum(num_ok) > 0)
     world_size = draw(st.sampled_from(WORLD_SIZES))
     mixed, tail = draw(st.booleans()), draw(st.sampled_from(["drop", "short"]))
+    views_per_image = draw(st.sampled_from([1, 1, 2, 3]))
     lanes = world_size * draw(st.integers(1, 3)) + draw(st.integers(0, 2))
-    batch = lanes * (2 if mixed else 1) * draw(st.integers(1, 3))
-    assume(tail == "short" or sum(num_ok) % batch <= 0.05 * sum(num_ok) < sum(num_ok) - batch)
+    batch = lanes * (2 if mixed else 1) * views_per_image * draw(st.integers(1, 3))
+    rows = sum(num_ok) * views_per_image
+    assume(tail == "short" or rows % batch <= 0.05 * rows < rows - batch)
     plan = ViewsConfig(
-        kind="function_matching" if mixed else "crop", count=5, mix_group=draw(st.sampled_from([2, 5, 8, 256]))
+        kind="function_matching" if mixed else "crop",
+        count=5,
+        mix_group=draw(st.sampled_from([2, 5, 8, 256])),
+        mix_repeat=views_per_image * draw(st.integers(1, 2)) if mixed else 1,
     )
     kind, seed = draw(st.sampled_from(["global", "pinned"])), draw(st.integers(0, 2**62))
-    order = build(num_ok, batch, seed=seed, lanes=lanes, order=kind, tail=tail, plan=plan)
+    keys = {"seed": seed, "lanes": lanes, "order": kind, "tail": tail, "views_per_image": views_per_image}
+    order = build(num_ok, batch, plan=plan, **keys)
     return Case(order, draw(st.integers(0, 9)), draw(st.integers(0, 2**40)), world_size)
 
 
@@ -83,11 +99,11 @@ LAW = settings(max_examples=60, deadline=None)
 
 @given(cases())
 @LAW
-def test_an_epoch_has_each_row_once_in_full_steps_and_a_last_one_of_what_remains(case: Case) -> None:
+def test_an_epoch_has_each_view_of_each_row_once_in_full_steps_and_a_last_one_of_what_remains(case: Case) -> None:
     order, epoch = case.order, case.fresh
-    batches = [global_batch(epoch, step, case.world_size) for step in range(order.num_steps)]
-    seen = Counter(row for batch in batches for row in batch)
-    assert set(seen) <= every_row(order)
+    batches = [batch_of_views(epoch, step, case.world_size) for step in range(order.num_steps)]
+    seen = Counter(view for batch in batches for view in batch)
+    assert set(seen) <= {(*row, view) for row in every_row(order) for view in range(order.views_per_image)}
     assert set(seen.values()) == {1}
     assert len(seen) == order.num_rows - order.rows_dropped
     assert order.rows_dropped < order.global_batch_size
@@ -96,14 +112,30 @@ def test_an_epoch_has_each_row_once_in_full_steps_and_a_last_one_of_what_remains
     assert {len(batch) for batch in batches[:-1]} <= {order.global_batch_size}
 
 
+@given(cases())
+@LAW
+def test_the_views_of_an_image_are_in_order_at_equal_distances_in_the_batch_of_one_rank(case: Case) -> None:
+    order, epoch = case.order, case.fresh
+    for step in range(order.num_steps):
+        for rank in range(case.world_size):
+            views = views_of(epoch.rows(step, rank, case.world_size))
+            position = {view: at for at, view in enumerate(views)}
+            for shard, row in {(shard, row) for shard, row, _ in views}:
+                at = [position[shard, row, view] for view in range(order.views_per_image)]
+                # A last image without a partner is alone in its unit.
+                assert {*np.diff(at)} <= (
+                    {1} if len(views) - at[0] == order.views_per_image else {order.images_per_unit}
+                )
+
+
 @given(cases(), st.data())
 @LAW
 def test_global_batches_are_the_same_for_any_world_size_and_from_any_step(case: Case, data: st.DataObject) -> None:
     """Resuming needs only a new order and a later step, also with a different world size."""
     first = data.draw(st.integers(0, case.order.num_steps - 1))
     undisturbed, resumed = case.fresh, case.fresh
-    batches = [global_batch(undisturbed, step, 1) for step in range(case.order.num_steps)]
-    suffix = [global_batch(resumed, step, case.world_size) for step in range(first, case.order.num_steps)]
+    batches = [batch_of_views(undisturbed, step, 1) for step in range(case.order.num_steps)]
+    suffix = [batch_of_views(resumed, step, case.world_size) for step in range(first, case.order.num_steps)]
     assert suffix == batches[first:]
 
 
@@ -130,7 +162,10 @@ def test_mixup_partners_share_a_rank_and_are_those_of_the_view(case: Case) -> No
             batch = epoch.rows(step, rank, case.world_size)
             rows = pairs_of(batch)
             assert [rows[position] for position in batch.partner_B.tolist()] == [partners[row] for row in rows]
-            assert batch.partner_B.dtype == batch.row_B.dtype == batch.shard_B.dtype == np.int32
+            assert np.array_equal(batch.view_B[batch.partner_B], batch.view_B)
+            assert {array.dtype for array in (batch.partner_B, batch.row_B, batch.shard_B, batch.view_B)} == {
+                np.dtype(np.int32)
+            }
 
 
 def expected_partners(case: Case) -> dict[Row, Row]:
@@ -252,7 +287,14 @@ def test_the_order_of_a_version_never_changes() -> None:
     assert [pairs_of(order.epoch(2, 1).rows(step, 0, 1)) for step in range(3)] == FROZEN_ORDER
 
 
+def test_an_epoch_shows_the_next_k_views() -> None:
+    order = build([100], 20, views_per_image=4)
+    assert [[*order.views(epoch)] for epoch in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert (order.num_images, order.num_rows, order.num_steps, order.num_lanes) == (100, 400, 20, 5)
+
+
 PAIRS = ViewsConfig(kind="function_matching")
+REPEATED = ViewsConfig(kind="function_matching", mix_repeat=4)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +306,20 @@ PAIRS = ViewsConfig(kind="function_matching")
         ([5, 4], 16, {"tail": "drop"}, "train.too-many-dropped", "9 rows"),
         ([106], 100, {"tail": "drop"}, "train.too-many-dropped", "106 rows, batches of 100: 6 dropped"),
         ([0, 0], 4, {}, "data.no-rows", "0 ok rows"),
+        ([100], 10, {"views_per_image": 4}, "train.partial-images", "set train.global_batch_size=12"),
+        ([100], 12, {"views_per_image": 4, "plan": REPEATED}, "train.partial-images", "set train.global_batch_size=16"),
+        ([100], 48, {"views_per_image": 4, "lanes": 48}, "train.lanes-not-divisor", "a divisor of 12"),
+        ([100], 48, {"views_per_image": 4, "lanes": 12, "plan": REPEATED}, "train.lanes-not-divisor", "a divisor of 6"),
+        ([100], 16, {"views_per_image": 2, "plan": PAIRS}, "train.partners-differ", "views.mix_repeat=2"),
+        ([100], 24, {"views_per_image": 3, "plan": REPEATED}, "train.partners-differ", "mix_repeat 4"),
+        ([100], 16, {"views_per_image": 4, "num_views": 3}, "train.too-few-views", "1 to 3"),
+        (
+            [100],
+            16,
+            {"views_per_image": 4, "plan": REPEATED, "num_views": 10},
+            "train.views-not-multiple",
+            "num_views=8",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_with_the_remedy(
@@ -272,6 +328,19 @@ def test_numbers_that_do_not_fit_are_refused_with_the_remedy(
     with raises(code) as caught:
         build(num_ok, batch, **changes)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("views_per_image", "num_views", "plan"),
+    [(1, 3, PAIRS), (4, None, REPEATED), (2, 6, REPEATED), (4, 4, REPEATED), (3, 4, ViewsConfig(kind="crop"))],
+)
+def test_views_that_have_the_same_partners_or_none_fit(
+    views_per_image: int, num_views: int | None, plan: ViewsConfig
+) -> None:
+    order = build([100], 24, views_per_image=views_per_image, num_views=num_views, plan=plan)
+    shown = [[view % (num_views or 99) for view in order.views(epoch)] for epoch in range(12)]
+    assert all(len({*views}) == views_per_image for views in shown)
+    assert not plan.mixes or all(len({view // plan.mix_repeat for view in views}) == 1 for views in shown)
 
 
 def test_up_to_five_percent_of_the_rows_may_be_dropped() -> None:

@@ -113,12 +113,26 @@ def test_an_epoch_reads_the_bytes_of_one_view_once(remote: Any, monkeypatch: pyt
     for epoch in (0, 4, 4 + NUM_VIEWS):
         steps = range(epoch * STEPS_AN_EPOCH, epoch * STEPS_AN_EPOCH + 4)
         expected = expected_reads(cache, epoch % NUM_VIEWS)
-        assert all(rank.source.fetched_bytes for rank in ranks)
+        assert all(rank.source.fetched_bytes(1) for rank in ranks)
         with counted(monkeypatch) as reads, ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda rank, steps=steps: load(rank, steps), ranks))
         if epoch:
             expected = Counter({read: 1 for read in expected if not read[0].endswith(".tar")})
         assert reads == (expected if epoch <= NUM_VIEWS else Counter())
+
+
+def test_an_epoch_of_several_views_reads_each_shard_once_and_each_view_as_an_epoch_of_one_does(
+    remote: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = remote("crop")
+    source = cached_source(cache)
+    steps = dataset(source, cache.config.views, {"views_per_image": 2})
+    assert source.fetched_bytes(2) > source.fetched_bytes(1)
+    with counted(monkeypatch) as reads:
+        # Up to the last step of epoch 0, so that nothing of the next one is fetched ahead.
+        load(steps, range(steps.order.num_steps))
+    first, second = expected_reads(cache, 0), expected_reads(cache, 1)
+    assert reads == first + Counter({read: 1 for read in second if not read[0].endswith(".tar")})
 
 
 def test_batches_from_remote_shards_are_those_from_local_ones(remote: Any, replays: Replay) -> None:
@@ -148,7 +162,7 @@ def test_too_little_room_for_a_window_gives_a_warning_with_numbers(remote: Any) 
     cache = remote("crop", local_bytes=1)
     source = cached_source(cache)
     (text,) = budget_warnings(source, order_of(source, cache.config.views), rank=0, world_size=1)
-    assert f"about {2 * source.fetched_bytes:,} bytes" in text
+    assert f"about {2 * source.fetched_bytes(1):,} bytes" in text
     assert "data.local_bytes" in text
     roomy = cached_source(remote("crop", local_bytes=10**9))
     assert budget_warnings(roomy, order_of(roomy, cache.config.views), rank=0, world_size=1) == []

@@ -150,10 +150,17 @@ def test_tensorboard_has_the_gradient_norms_of_every_measured_step(tmp_path: Pat
 def test_a_throughput_meter_counts_images_and_waiting_since_it_was_read() -> None:
     """Each reading of this clock advances it by a second: one to begin, two around each batch, one to read."""
     ticks = count()
-    speed = ThroughputMeter(lambda: float(next(ticks)))
+    speed = ThroughputMeter(clock=lambda: float(next(ticks)))
     batches = speed.watch(iter([SimpleNamespace(num_rows_global=30), SimpleNamespace(num_rows_global=20)]))
     next(batches)
     next(batches)
     assert speed.read() == {"images_per_s": 10.0, "data_wait": 0.4}
     assert list(batches) == []
     assert speed.read()["images_per_s"] == 0
+
+
+def test_a_throughput_meter_counts_images_and_their_views() -> None:
+    ticks = count()
+    speed = ThroughputMeter(4, clock=lambda: float(next(ticks)))
+    assert len([*speed.watch(iter([SimpleNamespace(num_rows_global=40)]))]) == 1
+    assert speed.read() == {"images_per_s": 2.5, "views_per_s": 10.0, "data_wait": 0.25}

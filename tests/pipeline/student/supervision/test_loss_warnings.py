@@ -84,6 +84,19 @@ def test_dist_gives_a_warning_with_its_number_where_it_suits_the_labels_badly(
     assert all(part in text for text in texts for part in parts)
 
 
+def test_views_of_an_image_bring_no_further_class_into_a_batch(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """12 rows of 6 images, which lack a given one of ten even classes with chance 0.53."""
+    samples = (
+        (key, {"png": members["png"], "cls": str(label).encode()})
+        for (key, members), label in zip(digit_samples(len(EVEN)), EVEN, strict=True)
+    )
+    base = tiny_config(data={"shards": pack_shards(samples, f"{tmp_path}/labels-%02d.tar", shard_size=20)})
+    keys: dict[str, Any] = {"loss": [*KD, DIST], "train": {"global_batch_size": 12, "views_per_image": 2}}
+    config = run_config(base, tmp_path / "run", mode="online", **keys)
+    (text,) = warnings_of(config, indexed_source(config, tmp_path / "index"))
+    assert "batches of 12 rows of 6 images: 100% of the 10 classes are absent" in text
+
+
 def test_a_warning_names_the_head_that_it_is_about(tiny_config: TinyConfig, tmp_path: Path) -> None:
     samples = [
         (key, {"png": members["png"], "json": json.dumps({"color": 2 * (row == 0), "tags": [row % 9]}).encode()})

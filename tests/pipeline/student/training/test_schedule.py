@@ -36,6 +36,14 @@ def test_steps_and_rates_of_a_cosine_with_warm_up() -> None:
     assert list(plan.lr.values()) == pytest.approx([0.1, 1.0, 0.0027390523])
 
 
+def test_an_epoch_of_several_views_of_each_image_has_as_many_times_the_steps() -> None:
+    keys = {"epochs": 6, "global_batch_size": 128, "lr": 0.1, "schedule": "step", "milestones": [3], "tail": "short"}
+    plan = plan_training(train(views_per_image=4, **keys), CROPS, 1000, num_views=10)
+    assert (plan.steps_per_epoch, plan.total_steps, list(plan.lr)) == (32, 192, [0, 96, 191])
+    with raises("train.too-few-views"):
+        plan_training(train(views_per_image=4, **keys), CROPS, 1000, num_views=3)
+
+
 def test_what_a_training_would_be_refused_for_is_refused() -> None:
     with raises("train.too-many-dropped"):
         plan_training(train(global_batch_size=512), CROPS, 1020)
