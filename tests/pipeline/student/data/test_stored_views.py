@@ -389,8 +389,8 @@ def test_what_is_fetched_ahead_is_counted_by_the_bytes_of_stored_views(alone: St
     source = cached_source(cache)
     (first, *_) = shards = source.caches[0].shards
     sizes = [source.caches[0].committed_view(shard.shard_id, 0).size_bytes for shard in shards]
-    assert source.fetched_bytes == sum(sizes) // len(sizes) > NUM_ROWS // 2 * 3 * 16 * 16
-    source.fetch(0, 1)
+    assert source.fetched_bytes(1) == sum(sizes) // len(sizes) > NUM_ROWS // 2 * 3 * 16 * 16
+    source.fetch(0, [1])
     (path,) = node_files(cache)
     assert path.stat().st_size > first.num_ok * 3 * 16 * 16
     assert not storage.exists(shard_urls(cache.config)["digits-00"])
