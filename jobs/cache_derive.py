@@ -14,6 +14,7 @@ from jobs.ray.cluster import cluster, cpus_only
 from jobs.ray.fan_out import fan_out
 from pipeline import storage
 from pipeline.cache.build.statistics import mean_fidelity
+from pipeline.cache.derive.average import AverageRequest, average
 from pipeline.cache.derive.convert import convert
 from pipeline.cache.derive.derivation import Item, Run
 from pipeline.cache.derive.merge import merge
@@ -138,6 +139,79 @@ def merge_caches(source_urls: Sequence[str], destination_url: str, ray: RayConfi
         return merge([storage.absolute(url) for url in source_urls], destination_url, run=run, add_up=add_up)
 
 
+def average_caches(
+    source_urls: Sequence[str],
+    destination_url: str,
+    ray: RayConfig,
+    *,
+    weights: Sequence[float] = (),
+    temperature: float | None = None,
+    logits: str = "fp16",
+) -> Manifest:
+    """The manifest of the cache with the average.
+
+    Args:
+        weights: of the sources; empty: equal ones.
+        temperature: of the probabilities whose mean is stored; None: the mean of the logits.
+        logits: encoding of the result, as in ``cache.logits``.
+
+    Raises:
+        StillroomError: as ``average`` does; or no node could run a task.
+    """
+    build_section(CacheConfig, {"url": destination_url, "logits": logits}, where="stillroom cache average")
+    destination_url = storage.absolute(destination_url)
+    request = AverageRequest(tuple(weights) or (1.0,) * len(source_urls), temperature, logits)
+    with cluster(ray):
+        run = tasks_of(ray, destination_url, "average")
+        return average([storage.absolute(url) for url in source_urls], destination_url, request, run=run)
+
+
+def average_main(
+    arguments: Sequence[str],
+    destination_url: str,
+    *,
+    weights: str | None,
+    probabilities: bool,
+    temperature: float | None,
+    logits: str,
+) -> None:
+    """``stillroom cache average``. Keys of the ray section may be among the URLs."""
+    ray, sources = _split(arguments, "stillroom cache average")
+    if probabilities != (temperature is not None):
+        raise ConfigError(
+            "the mean of probabilities is that at one temperature",
+            code="config.average-temperature",
+            where="stillroom cache average",
+            got=f"--temperature {temperature:g}" if temperature else "--probabilities",
+            expected="--probabilities --temperature T, or neither",
+        )
+    announce(ray.address)
+    shares = [] if weights is None else _weights(weights)
+    report(
+        destination_url,
+        average_caches(sources, destination_url, ray, weights=shares, temperature=temperature, logits=logits),
+    )
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            "these weights are not numbers",
+            code="config.average-weights",
+            where="--weights",
+            got=text,
+            expected="one for each cache, such as 2,1",
+        ) from None
+
+
+def _split(arguments: Sequence[str], command: str) -> tuple[RayConfig, list[str]]:
+    """The ray section and the URLs among the arguments of a command."""
+    overrides = [argument for argument in arguments if argument.startswith("ray.")]
+    return ray_section(overrides, command), [argument for argument in arguments if argument not in overrides]
+
+
 def describe_derived(header: Header, manifest: Manifest) -> str:
     """The lines at the end of a derivation."""
     assert header.derived is not None
@@ -184,10 +258,8 @@ def main(
 
 def merge_main(arguments: Sequence[str], destination_url: str) -> None:
     """``stillroom cache merge``. Keys of the ray section may be among the URLs."""
-    overrides = [argument for argument in arguments if argument.startswith("ray.")]
-    ray = ray_section(overrides, "stillroom cache merge")
+    ray, sources = _split(arguments, "stillroom cache merge")
     announce(ray.address)
-    sources = [argument for argument in arguments if argument not in overrides]
     report(destination_url, merge_caches(sources, destination_url, ray))
 
 

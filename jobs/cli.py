@@ -259,6 +259,31 @@ def cache_merge(
     merge_main(sources, out)
 
 
+@add_command(cache_app, "average")
+def cache_average(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="URLs of caches of several teachers over the same views; also keys of the ray section.",
+            metavar="SRC... [RAY.K=V]...",
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="URL of the new cache.")],
+    weights: Annotated[str | None, typer.Option(help="One for each cache, such as 2,1; default: equal.")] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="The mean of probabilities at --temperature, not of logits.")
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.01, help="With --probabilities: the only one that losses can then use.")
+    ] = None,
+    logits: Annotated[str, typer.Option(help="Encoding of the result, as in cache.logits.")] = "fp16",
+) -> None:
+    """Average the logits of several teachers into a cache of one teacher. Resumes automatically."""
+    from jobs.cache_derive import average_main
+
+    average_main(sources, out, weights=weights, probabilities=probabilities, temperature=temperature, logits=logits)
+
+
 @add_command(cache_app, "gc")
 def cache_gc(
     cache: CacheArgument,

@@ -230,7 +230,7 @@ class Statistics(Record):
 class Derived(Record):
     """How a cache was made from other caches, without a teacher."""
 
-    kind: Literal["convert", "merge"]
+    kind: Literal["convert", "merge", "average"]
     sources: tuple[str, ...] = Field(
         description="SHA-256 of the manifests of the source caches; merge: of an unfinished one, of its commits."
     )

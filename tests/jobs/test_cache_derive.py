@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.build_cache import build_cache
-from jobs.cache_derive import convert_cache, main, merge_main
+from jobs.cache_derive import average_main, convert_cache, main, merge_main
 from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import ConfigError
 from schemas.config import RayConfig
@@ -50,6 +51,21 @@ def test_merged_shards_are_one_cache(cache: Path, tmp_path: Path, json_log: Json
     merge_main([str(tmp_path / "a"), "ray.cpus_per_task=1", str(tmp_path / "b")], str(tmp_path / "out"))
     end = [event for event in json_log() if event["event"] == "end"][-1]
     assert (end["num_views"], end["num_shards"], end["num_ok"]) == (2, 4, 96)
+
+
+def test_an_average_of_a_teacher_with_itself_in_another_encoding_is_of_that_teacher(
+    cache: Path, tmp_path: Path, json_log: JsonLog
+) -> None:
+    main(str(cache), str(tmp_path / "int8"), [], encodings=INT8, views=None, shards=None)
+    urls = [str(cache), str(tmp_path / "int8")]
+    keys: dict[str, Any] = {"weights": "3,1", "logits": "fp32"}
+    average_main(urls, str(tmp_path / "out"), probabilities=True, temperature=2.0, **keys)
+    end = [event for event in json_log() if event["event"] == "end"][-1]
+    assert (end["num_views"], end["num_ok"], end["class_means"]) == (2, 96, None)
+    with raises("config.average-temperature"):
+        average_main(urls, str(tmp_path / "no"), probabilities=True, temperature=None, **keys)
+    with raises("config.average-weights"):
+        average_main(urls, str(tmp_path / "no"), probabilities=False, temperature=None, weights="3;1", logits="fp32")
 
 
 def test_wrong_options_are_refused(cache: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pipeline.augment.stored_pixels import decode_view
 from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
 from pipeline.cache.build.part_writer import view_ranges
-from pipeline.cache.format.codec import config_key, decode, depends_on_temperature, row_bytes
+from pipeline.cache.format.codec import config_key, decode, depends_on_temperature, is_fixed, row_bytes
 from pipeline.cache.format.files import empty_cells
 from pipeline.cache.format.header import decoded_from
 from pipeline.cache.verify.moments import MomentsCheck
@@ -240,7 +240,8 @@ class PartCheck:
         self._check_rows("embedding_norm is negative or not finite", view, rows, is_norm_M, norm_M)
         for output in self._header.outputs:
             with np.errstate(all="ignore"):
-                values_MD = decode(table[output.name], output)
+                temperature = output.temperatures[0] if is_fixed(output) else 1.0
+                values_MD = decode(table[output.name], output, temperature=temperature)
             finite_M = np.asarray(np.isfinite(values_MD.reshape(len(values_MD), -1)).all(1))
             if not self._check_rows(f"{output.name} has NaN or infinity", view, rows, finite_M):
                 continue

@@ -41,7 +41,9 @@ from schemas.cache_format import Output
 
 _BATCHES_AT_ONCE = 4
 _MIN_ROWS_AT_ONCE = 256
-_DECODED = "teacher outputs: those of this cache were decoded from a lossy encoding (compare them by --source)"
+_DECODED = (
+    "teacher outputs: those of this cache are averages, or were decoded from a lossy encoding (--source compares)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def recompute(
     recomputed = Recomputed()
     with findings.capture(layout.HEADER), ThreadPoolExecutor(context.config.ray.cpus_per_task) as decoders:
         cache = open_cache(cache_url)
-        if "decoded_from" in cache.header.teacher:
+        if cache.header.teacher.keys() & {"decoded_from", "average"}:
             findings.not_checked[_DECODED] += 1
             return recomputed
         check_same(cache.header, context.header, cache_url)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.cache.derive.average import AverageRequest, BlockAverager, averaged_header
 from pipeline.cache.derive.convert import BlockConverter, converted_header
 from pipeline.cache.derive.derivation import (
     Derivation,
@@ -90,6 +91,10 @@ def _check_header(cache: TeacherCache, derivation: Derivation, findings: Finding
     assert header.derived is not None
     if header.derived.kind == "merge":
         expected = merged_header([MergeSource.of(url) for url, _ in derivation.sources])
+    elif header.derived.kind == "average":
+        body = header.teacher["average"]
+        request = AverageRequest(tuple(body["weights"]), body["temperature"], str(header.teacher["logits"]))
+        expected = averaged_header(derivation.opened(), request)
     else:
         (source,) = derivation.opened()
         expected = converted_header(source, {key: kind for key, (_, kind) in header.derived.encodings.items()})
@@ -102,23 +107,30 @@ def _compare_block(cache: TeacherCache, derivation: Derivation, item: Item, find
     if cache.header.derived is not None and cache.header.derived.kind == "merge":
         findings.expect(path, what, got, find_source(derivation, item)[1], shard=shard)
         return
-    (source,) = derivation.opened()
-    expected = source_commit(source, item)
-    if cache.header.fingerprint == source.header.fingerprint:
-        findings.expect(path, what, got, expected, shard=shard)
+    sources = derivation.opened()
+    commits = [source_commit(source, item) for source in sources]
+    if cache.header.fingerprint == sources[0].header.fingerprint:
+        findings.expect(path, what, got, commits[0], shard=shard)
         return
-    rows = [{view.view: view.rows for view in commit.views} for commit in (got, expected)]
+    rows = [{view.view: view.rows for view in commit.views} for commit in (got, commits[0])]
     if not findings.expect(path, "rows by view", rows[0], rows[1], shard=shard):
         return
     with storage.scratch_folder() as scratch:
-        parts = [fetch(opened.url, commit.part, scratch) for opened, commit in ((source, expected), (cache, got))]
-        converter = BlockConverter(source, cache.header, expected, parts[0])
-        stored = row_chunks(parts[1], got, converter.chunk_rows)
-        for (view, batch), (_, chunk) in zip(converter.batches(), stored, strict=True):
+        part = fetch(cache.url, got.part, scratch)
+        parts = [fetch(source.url, commit.part, scratch) for source, commit in zip(sources, commits, strict=True)]
+        if cache.header.derived is not None and cache.header.derived.kind == "average":
+            deriver = BlockAverager(sources, cache.header, commits)
+            batches = deriver.batches(parts)
+        else:
+            deriver = BlockConverter(sources[0], cache.header, commits[0], parts[0])
+            batches = deriver.batches()
+        for (view, batch), (_, chunk) in zip(batches, row_chunks(part, got, deriver.chunk_rows), strict=True):
             _compare_rows(got, view, batch, chunk, findings)
-    same = {name: getattr(expected, name) for name in ("index", "means", "num_ok", "read", "skipped", "environment")}
-    for name, value in {**same, "statistics": converter.statistics()}.items():
-        what = f"{name} of this commit differs from what the source gives"
+    names = ("index", "num_ok", "read", "skipped", "environment")
+    same = {name: getattr(commits[0], name) for name in names}
+    same["means"] = None if isinstance(deriver, BlockAverager) else commits[0].means
+    for name, value in {**same, "statistics": deriver.statistics()}.items():
+        what = f"{name} of this commit differs from what the sources give"
         findings.expect(path, what, getattr(got, name), value, shard=shard)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.augment.params import sample_views, shard_partners, unmix
+from pipeline.cache.format.codec import check_temperature
 from pipeline.cache.format.header import read_outputs
 from pipeline.cache.read.reader import ShardEntry, TeacherCache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
@@ -322,9 +323,12 @@ def open_cached(
 
     Raises:
         CacheError: a shard is not in a cache, or two caches do not hold the same shards or the same samples in them.
+        CacheError: the outputs of a cache serve other temperatures than those that are read.
         ConfigError: ``data.num_views`` is more than a cache has.
     """
     first, num_views = caches[0], views_in_use(caches, data)
+    for cache in caches:
+        _check_temperatures(cache, reads or {})
     if data.shards is None:
         check_same_shards(caches)
         urls = [first.shard_url(shard) for shard in first.shards]
@@ -344,6 +348,14 @@ def open_cached(
         name_shards=name_shards,
         num_views=num_views,
     )
+
+
+def _check_temperatures(cache: TeacherCache, reads: Reads) -> None:
+    for name, temperatures in reads.items():
+        output = cache.header.output(name)
+        if output is not None:
+            for temperature in temperatures:
+                check_temperature(output, temperature, where=redact(cache.url))
 
 
 def views_in_use(caches: Sequence[TeacherCache], data: DataConfig) -> int:

@@ -2,11 +2,13 @@
 
 from pipeline.cache.format.codec.rows import (
     check_encodings,
+    check_temperature,
     column_of,
     config_key,
     decode,
     depends_on_temperature,
     encode,
+    is_fixed,
     raw_rows,
     row_bytes,
     stored_outputs,
@@ -14,11 +16,13 @@ from pipeline.cache.format.codec.rows import (
 
 __all__ = [
     "check_encodings",
+    "check_temperature",
     "column_of",
     "config_key",
     "decode",
     "depends_on_temperature",
     "encode",
+    "is_fixed",
     "raw_rows",
     "row_bytes",
     "stored_outputs",

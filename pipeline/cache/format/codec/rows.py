@@ -79,7 +79,28 @@ def row_bytes(output: Output) -> int:
 
 def depends_on_temperature(output: Output) -> bool:
     """Whether ``decode`` is a function of the temperature."""
-    return _encoding(output).depends_on_temperature
+    return _encoding(output).depends_on_temperature or is_fixed(output)
+
+
+def is_fixed(output: Output) -> bool:
+    """Whether the numbers serve the output's ``temperatures`` alone: T · log of mean probabilities at T."""
+    return bool(output.temperatures) and not _encoding(output).depends_on_temperature
+
+
+def check_temperature(output: Output, temperature: float, *, where: str | None = None) -> None:
+    """
+    Raises:
+        CacheError: the output serves other temperatures alone.
+    """
+    if is_fixed(output) and temperature not in output.temperatures:
+        raise CacheError(
+            f"the {output.name} of this cache are the mean of probabilities at one temperature",
+            code="cache.other-temperature",
+            where=where,
+            got=f"T = {temperature:g}",
+            expected=f"T = {', '.join(f'{stored:g}' for stored in output.temperatures)}",
+            next_step="set the temperature of the loss, or average logits: stillroom cache average",
+        )
 
 
 def encode(values: NDArray[np.float32], output: Output, *, keys: Sequence[str] = ()) -> pa.Array:
@@ -132,9 +153,10 @@ def decode(column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: f
     """N stored rows to [N,…] fp32 at the temperature of the loss that reads them.
 
     Raises:
-        CacheError: the encoding is unknown, or a cell is empty.
+        CacheError: the encoding is unknown, the output serves other temperatures alone, or a cell is empty.
     """
     assert temperature > 0
+    check_temperature(output, temperature)
     encoding, dtype = _encoding(output), _row_dtype(output)
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()

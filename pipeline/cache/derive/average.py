@@ -1,0 +1,349 @@
+"""The mean of several teachers' logits, or of their probabilities at one temperature, as the cache of one teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.cache.build.class_means import ClassSums
+from pipeline.cache.build.commit import publish_file
+from pipeline.cache.build.header_claim import MAX_DRIFT
+from pipeline.cache.build.part_writer import PartWriter, view_ranges
+from pipeline.cache.build.statistics import StatisticsSum
+from pipeline.cache.derive.derivation import (
+    Derivation,
+    Item,
+    Run,
+    blocks_of,
+    derive,
+    fetch,
+    manifest_sha256,
+    open_source,
+    publish_same,
+    row_chunks,
+    source_commit,
+)
+from pipeline.cache.format import layout
+from pipeline.cache.format.codec import config_key, decode, depends_on_temperature, encode, row_bytes, stored_outputs
+from pipeline.cache.format.header import plan_of
+from pipeline.cache.read.reader import TeacherCache
+from pipeline.core.errors import CacheError, ConfigError
+from pipeline.core.hashing import differences, short_digest
+from pipeline.core.redaction import redact
+from pipeline.shards.index import ShardIndex
+from pipeline.tasks import OutputSpec
+from schemas.cache_format import Commit, Derived, FileRef, Header, Manifest, Output, Statistics
+
+_COMPARED = ("views", "data", "num_classes", "pixels")
+_INPUT = ("size", "interpolation", "views_id")
+
+
+@dataclass(frozen=True, slots=True)
+class AverageRequest:
+    """
+    Attributes:
+        weights: of the sources, in their order; they are divided by their sum.
+        temperature: of the probabilities whose mean is stored; None: the mean of the logits.
+        logits: encoding of the result.
+    """
+
+    weights: tuple[float, ...]
+    temperature: float | None
+    logits: str
+
+
+def average(
+    source_urls: Sequence[str],
+    destination_url: str,
+    request: AverageRequest,
+    *,
+    run: Run | None = None,
+    add_up: Callable[[str, Sequence[FileRef]], ClassSums] | None = None,
+) -> Manifest:
+    """Derives the cache, without embeddings, tokens and class means. A repeated call continues.
+
+    Raises:
+        CacheError: the sources differ in views, samples, pixels or blocks, or one has no logits for any temperature;
+            or the destination has another cache.
+        ConfigError: there are fewer than two sources, or weights that are not positive.
+    """
+    sources = tuple(map(open_source, source_urls))
+    header = averaged_header(sources, request)
+    blocks = _common_blocks(sources)
+    urls = {shard.shard_id: sources[0].shard_url(shard) for shard in sources[0].shards}
+    derivation = Derivation(tuple((cache.url, cache.manifest_bytes) for cache in sources), destination_url, header)
+    return derive(derivation, average_block, blocks, urls, run=run, add_up=add_up)
+
+
+def averaged_header(sources: Sequence[TeacherCache], request: AverageRequest) -> Header:
+    """
+    Raises:
+        CacheError: the sources differ in views, classes, reading rules or input size.
+        ConfigError: the weights do not fit.
+    """
+    _check_request(sources, request)
+    first = sources[0].header
+    for other in sources[1:]:
+        changed = _differences(first, other.header)
+        if changed:
+            raise CacheError(
+                "the outputs of these caches are not of the same views",
+                code="cache.average-differs",
+                where=f"{redact(sources[0].url)} -> {redact(other.url)}",
+                got="; ".join(changed),
+                next_step="build both over the same shards, with one data and one views section",
+            )
+    outputs = [_averaged_output(output, request) for output in _logits_of(sources[0])]
+    teacher = _averaged_teacher([cache.header.teacher for cache in sources], request)
+    teacher["average"]["fingerprints"] = [cache.header.fingerprint for cache in sources]
+    probes = [
+        np.array(cache.header.probe_logits, np.float64) * (weight / sum(request.weights))
+        for cache, weight in zip(sources, request.weights, strict=True)
+    ]
+    return first.model_copy(
+        update={
+            "teacher": teacher,
+            "fingerprint": short_digest(teacher),
+            "embedding_dim": 0,
+            "outputs": tuple(outputs),
+            "probe_logits": tuple(map(tuple, np.sum(probes, axis=0).tolist())),
+            "derived": Derived(kind="average", sources=tuple(map(manifest_sha256, sources))),
+        }
+    )
+
+
+def _differences(first: Header, other: Header) -> list[str]:
+    before, after = (header.model_dump(mode="json", include={*_COMPARED}) for header in (first, other))
+    inputs = [{key: header.teacher[key] for key in _INPUT} for header in (first, other)]
+    return [*differences(before, after), *differences(inputs[0], inputs[1], "teacher.")]
+
+
+def _check_request(sources: Sequence[TeacherCache], request: AverageRequest) -> None:
+    if len({cache.url for cache in sources}) < 2 or len(request.weights) != len(sources):
+        raise ConfigError(
+            "an average needs several caches, and one weight for each",
+            code="config.too-few-sources",
+            where="stillroom cache average",
+            got=f"{len(sources)} caches, {len(request.weights)} weights",
+        )
+    if not all(0 < weight < np.inf for weight in request.weights):
+        raise ConfigError(
+            "a weight is not above 0", code="config.average-weights", where="--weights", got=list(request.weights)
+        )
+    for cache in sources:
+        outputs = _logits_of(cache)
+        fixed = [output for output in outputs if depends_on_temperature(output)]
+        if not outputs or fixed:
+            raise CacheError(
+                "this cache has no logits that serve all temperatures",
+                code="cache.not-convertible",
+                where=redact(cache.url),
+                got=f"cache.logits={cache.header.teacher.get('logits')}",
+                next_step="average caches with fp32, fp16, int8, int8t or int4",
+            )
+
+
+def _logits_of(cache: TeacherCache) -> list[Output]:
+    return [output for output in cache.header.outputs if config_key(output.name) == "logits"]
+
+
+def _averaged_output(output: Output, request: AverageRequest) -> Output:
+    (found,) = stored_outputs([OutputSpec(output.name, output.shape, request.logits)])
+    # Readers refuse other temperatures than this one.
+    return found if request.temperature is None else found.model_copy(update={"temperatures": (request.temperature,)})
+
+
+def _averaged_teacher(teachers: Sequence[dict[str, Any]], request: AverageRequest) -> dict[str, Any]:
+    first, num_classes = teachers[0], teachers[0]["architecture"]["num_classes"]
+    precisions = sorted((str(teacher["precision"]) for teacher in teachers), key=lambda name: MAX_DRIFT[name])
+    return {
+        **{key: first[key] for key in (*_INPUT, "mean", "std")},
+        "architecture": {"model": "average", "kwargs": {}, "num_classes": num_classes},
+        "weights": "average",
+        "precision": precisions[-1],
+        "logits": request.logits,
+        "embeddings": "none",
+        "class_means": "none",
+        "average": {
+            "of": "logits" if request.temperature is None else "probabilities",
+            "temperature": request.temperature,
+            "weights": [*request.weights],
+        },
+    }
+
+
+def _common_blocks(sources: Sequence[TeacherCache]) -> list[Item]:
+    """Blocks of views without the eval pass, which is for class means."""
+    blocks = [
+        {(shard, block) for shard, found in blocks_of(cache).items() for block in found if not block.is_eval}
+        for cache in sources
+    ]
+    for cache, found in zip(sources[1:], blocks[1:], strict=True):
+        if changed := sorted(f"{block.name} of {shard}" for shard, block in found ^ blocks[0]):
+            raise CacheError(
+                "these caches have different shards, or different blocks of views",
+                code="cache.average-differs",
+                where=f"{redact(sources[0].url)} -> {redact(cache.url)}",
+                got=f"{len(changed)} blocks, first {changed[0]}",
+                next_step="convert --shards or --views, or build them with one cache.views_per_part",
+            )
+    order = {shard.shard_id: number for number, shard in enumerate(sources[0].shards)}
+    return sorted(blocks[0], key=lambda item: (order[item[0]], item[1].start))
+
+
+def average_block(derivation: Derivation, item: Item) -> Commit:
+    """Publishes the files of a block, and returns its commit, which is not published yet."""
+    sources, header = derivation.opened(), derivation.header
+    commits = [source_commit(cache, item) for cache in sources]
+    first = commits[0]
+    with storage.scratch_folder() as scratch:
+        publish_same(derivation, sources[0].url, first.index, scratch)
+        averager = BlockAverager(sources, header, commits)
+        parts = [fetch(cache.url, commit.part, scratch) for cache, commit in zip(sources, commits, strict=True)]
+        views, sizes = [view.view for view in first.views], sum(row_bytes(output) for output in header.outputs)
+        batches = averager.batches(parts)
+        view, batch = next(batches)
+        with PartWriter(scratch, views, batch.schema, row_size_bytes=sizes) as writer:
+            writer.add(view, batch)
+            for view, batch in batches:
+                writer.add(view, batch)
+            part = writer.close()
+        ranges, footer = view_ranges(part, {view.view: view.rows for view in first.views})
+        return first.model_copy(
+            update={
+                "fingerprint": header.fingerprint,
+                "part": publish_file(derivation.destination, part, layout.part_path(*item)),
+                "means": None,
+                "views": ranges,
+                "footer": footer,
+                "statistics": averager.statistics(),
+            }
+        )
+
+
+class BlockAverager:
+    """Averages the logits of a block in float64, and compares all other columns of the sources."""
+
+    def __init__(self, sources: Sequence[TeacherCache], header: Header, commits: Sequence[Commit]) -> None:
+        self._sources, self._header, self._commits = sources, header, commits
+        indexes = [_index(cache, commits[0].shard_id) for cache in sources]
+        self._index, self.chunk_rows = indexes[0], plan_of(header).mix_group
+        self._mixes = plan_of(header).mixes
+        self._sample_ids = self._index.sample_ids(self._index.ok)
+        # The fidelity is measured at all temperatures, also of outputs that serve one.
+        measured = [output.model_copy(update={"temperatures": ()}) for output in header.outputs]
+        self._statistics = StatisticsSum(measured if self._is_fixed(header) else header.outputs, self._index.task)
+        self._task_sums = self._index.task.accumulate()
+
+    def batches(self, parts: Sequence[Path]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(view, rows) of the averaged part, in order. Counts the statistics.
+
+        Args:
+            parts: local paths of the parts of the sources.
+
+        Raises:
+            CacheError: rows, views or canaries of the sources differ.
+        """
+        start, last_view = 0, None
+        sources = [row_chunks(part, commit, self.chunk_rows) for part, commit in zip(parts, self._commits, strict=True)]
+        for found in zip(*sources, strict=True):
+            view = found[0][0]
+            start, last_view = (start if view == last_view else 0), view
+            chunks = [chunk for _, chunk in found]
+            for number, chunk in enumerate(chunks[1:], start=1):
+                self._check_same(chunks[0], chunk, number, view)
+            yield view, self._average(chunks, slice(start, start + len(chunks[0])))
+            start += len(chunks[0])
+
+    def _own(self, number: int) -> set[str]:
+        """Columns that differ between teachers."""
+        return {"embedding_norm", *(output.name for output in self._sources[number].header.outputs)}
+
+    def _check_same(self, first: pa.Table, other: pa.Table, number: int, view: int) -> None:
+        names, others = (
+            [name for name in table.schema.names if name not in own]
+            for table, own in ((first, self._own(0)), (other, self._own(number)))
+        )
+        changed = [
+            name
+            for name in names
+            if name in others and not first[name].combine_chunks().equals(other[name].combine_chunks())
+        ]
+        changed += sorted({*names} ^ {*others})
+        if changed:
+            raise CacheError(
+                "the rows of these caches are not of the same samples, views and pixels",
+                code="cache.average-differs",
+                where=f"view {view} of {self._commits[0].shard_id}: {redact(self._sources[0].url)} -> "
+                f"{redact(self._sources[number].url)}",
+                got=f"columns {', '.join(changed)}",
+                next_step="build both over the same shards, with one data and one views section, on machines that "
+                "compute the same pixels",
+            )
+
+    def _average(self, chunks: Sequence[pa.Table], rows: slice) -> pa.RecordBatch:
+        own, average = self._own(0), self._header.teacher["average"]
+        new = {output.name: output for output in self._header.outputs}
+        sample_ids, means = self._sample_ids[rows], dict[str, NDArray[np.float32]]()
+        fields: list[pa.Field] = []
+        columns: list[pa.Array] = []
+        for field in chunks[0].schema:
+            if field.name in new:
+                logits = [
+                    decode(chunk[field.name], cast("Output", cache.header.output(field.name)))
+                    for cache, chunk in zip(self._sources, chunks, strict=True)
+                ]
+                means[field.name] = mean_logits(logits, average["weights"], average["temperature"])
+                columns.append(encode(means[field.name], new[field.name], keys=sample_ids))
+                fields.append(field.with_type(columns[-1].type))
+            elif field.name == "embedding_norm":
+                columns.append(pa.array(np.zeros(len(sample_ids), np.float32)))
+                fields.append(field)
+            elif field.name not in own:
+                columns.append(chunks[0][field.name].combine_chunks())
+                fields.append(field)
+        self._statistics.add_fidelity(sample_ids, means)
+        # Of mixed images there are no hits; a group of one row is never mixed.
+        if not self._mixes or len(sample_ids) == 1:
+            targets = {name: values[rows] for name, values in self._index.ok_targets.items()}
+            self._task_sums.add(means, targets)
+        return pa.record_batch(columns, schema=pa.schema(fields))
+
+    @staticmethod
+    def _is_fixed(header: Header) -> bool:
+        return header.teacher["average"]["temperature"] is not None
+
+    def statistics(self) -> Statistics:
+        return self._statistics.result().model_copy(update=self._task_sums.result())
+
+
+def _index(cache: TeacherCache, shard_id: str) -> ShardIndex:
+    return cache.index(next(shard for shard in cache.shards if shard.shard_id == shard_id))
+
+
+def mean_logits(
+    logits: Sequence[NDArray[np.float32]], weights: Sequence[float], temperature: float | None
+) -> NDArray[np.float32]:
+    """[N,K]: the weighted mean of [N,K] logits; or T · log of the weighted mean of their probabilities at T. The sums
+    are those of float64.
+
+    Args:
+        temperature: T; None: the mean of the logits.
+    """
+    exact, weights = [values.astype(np.float64) for values in logits], np.array(weights, np.float64) / sum(weights)
+    if temperature is None:
+        mean_NK = np.sum([weight * values_NK for weight, values_NK in zip(weights, exact, strict=True)], axis=0)
+        return mean_NK.astype(np.float32)
+    logs: list[NDArray[np.float64]] = []
+    for weight, values_NK in zip(weights, exact, strict=True):
+        scaled_NK = values_NK / temperature
+        scaled_NK -= scaled_NK.max(1, keepdims=True)
+        logs.append(np.log(weight) + scaled_NK - np.log(np.exp(scaled_NK).sum(1, keepdims=True)))
+    return (temperature * np.logaddexp.reduce(logs, axis=0)).astype(np.float32)
