@@ -51,25 +51,26 @@ Drain = Callable[[], int]
 def run() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shards = _shards(folder)
+        shards = photographs(folder)
         peers = _peers(shards, folder)
         expected = len(shards) * _ROWS_A_SHARD * EPOCHS
         for peer, drain in peers.items():
             assert (got := drain()) == expected, f"{peer} read {got} of {expected} images"
-        seconds = interleaved(peers, rounds=ROUNDS, clock=_cpu_seconds)
+        seconds = interleaved(peers, rounds=ROUNDS, clock=cpu_seconds)
     print(f"  {expected} images a pass, batches of {BATCH}, {WORKERS} processes, {SIZE} pixels")
     for peer, values in seconds.items():
         each = Spread.of([value / expected * 1e6 for value in values])
         print(f"  {peer:<26}{each} us an image, time / {BASELINE} {ratio(values, seconds[BASELINE])}")
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """Of this process and its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _shards(folder: Path) -> list[Path]:
+def photographs(folder: Path) -> list[Path]:
+    """Shards of ``_ROWS_A_SHARD`` photographs, generated where there are no real ones."""
     found = sorted((SHARED / "imagenet-samples").glob("sample-*.tar"))
     if len(found) == _SHARDS:
         return found
