@@ -337,7 +337,8 @@ def mean_logits(
     Args:
         temperature: T; None: the mean of the logits.
     """
-    exact, weights = [values.astype(np.float64) for values in logits], np.array(weights, np.float64) / sum(weights)
+    exact = [values.astype(np.float64) for values in logits]
+    weights = [weight / sum(weights) for weight in weights]
     if temperature is None:
         mean_NK = np.sum([weight * values_NK for weight, values_NK in zip(weights, exact, strict=True)], axis=0)
         return mean_NK.astype(np.float32)
