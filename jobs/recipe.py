@@ -92,7 +92,9 @@ def run_and_report(source: str, overrides: list[str]) -> Path:
 
 def describe_packaged() -> str:
     """The text of ``--list``."""
-    return "\n".join(f"{name:<20}{title}" for name, title in titles().items())
+    recipes = titles()
+    width = max(map(len, recipes), default=0)
+    return "\n".join(f"{name:<{width}}  {title}" for name, title in recipes.items())
 
 
 def main(source: str, overrides: list[str]) -> None:

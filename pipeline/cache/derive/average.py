@@ -300,7 +300,11 @@ class BlockAverager:
                     decode(chunk[field.name], cast("Output", cache.header.output(field.name)))
                     for cache, chunk in zip(self._sources, chunks, strict=True)
                 ]
-                means[field.name] = mean_logits(logits, average["weights"], average["temperature"])
+                mean = mean_sigmoids if self._index.task.roles[field.name] == "multilabel" else mean_softmax
+                temperature, weights = average["temperature"], average["weights"]
+                means[field.name] = (
+                    mean_logits(logits, weights) if temperature is None else mean(logits, weights, temperature)
+                )
                 columns.append(encode(means[field.name], new[field.name], keys=sample_ids))
                 fields.append(field.with_type(columns[-1].type))
             elif field.name == "embedding_norm":
@@ -328,23 +332,36 @@ def _index(cache: TeacherCache, shard_id: str) -> ShardIndex:
     return cache.index(next(shard for shard in cache.shards if shard.shard_id == shard_id))
 
 
-def mean_logits(
-    logits: Sequence[NDArray[np.float32]], weights: Sequence[float], temperature: float | None
-) -> NDArray[np.float32]:
-    """[N,K]: the weighted mean of [N,K] logits; or T · log of the weighted mean of their probabilities at T. The sums
-    are those of float64.
+def mean_logits(logits: Sequence[NDArray[np.float32]], weights: Sequence[float]) -> NDArray[np.float32]:
+    """[N,K]: the weighted mean of [N,K] logits, summed in float64."""
+    terms = [share * values_NK.astype(np.float64) for share, values_NK in zip(_shares(weights), logits, strict=True)]
+    return np.sum(terms, axis=0).astype(np.float32)
 
-    Args:
-        temperature: T; None: the mean of the logits.
-    """
-    exact = [values.astype(np.float64) for values in logits]
-    weights = [weight / sum(weights) for weight in weights]
-    if temperature is None:
-        mean_NK = np.sum([weight * values_NK for weight, values_NK in zip(weights, exact, strict=True)], axis=0)
-        return mean_NK.astype(np.float32)
+
+def mean_softmax(
+    logits: Sequence[NDArray[np.float32]], weights: Sequence[float], temperature: float
+) -> NDArray[np.float32]:
+    """[N,K]: T · log p, where p is the weighted mean of softmax(logits / T)."""
     logs: list[NDArray[np.float64]] = []
-    for weight, values_NK in zip(weights, exact, strict=True):
-        scaled_NK = values_NK / temperature
+    for share, values_NK in zip(_shares(weights), logits, strict=True):
+        scaled_NK = values_NK.astype(np.float64) / temperature
         scaled_NK -= scaled_NK.max(1, keepdims=True)
-        logs.append(np.log(weight) + scaled_NK - np.log(np.exp(scaled_NK).sum(1, keepdims=True)))
+        logs.append(np.log(share) + scaled_NK - np.log(np.exp(scaled_NK).sum(1, keepdims=True)))
     return (temperature * np.logaddexp.reduce(logs, axis=0)).astype(np.float32)
+
+
+def mean_sigmoids(
+    logits: Sequence[NDArray[np.float32]], weights: Sequence[float], temperature: float
+) -> NDArray[np.float32]:
+    """[N,K] of a multilabel head: T · log(p / (1 − p)), where p is the weighted mean of sigmoid(logits / T)."""
+    logs = [
+        # log sigmoid(±x) = −log(1 + exp(∓x))
+        np.log(share) - np.logaddexp(0, np.stack([-values_NK, values_NK]).astype(np.float64) / temperature)
+        for share, values_NK in zip(_shares(weights), logits, strict=True)
+    ]
+    log_p_NK, log_rest_NK = np.logaddexp.reduce(logs, axis=0)
+    return (temperature * (log_p_NK - log_rest_NK)).astype(np.float32)
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import expit, softmax
 
 from pipeline.cache.build.manifest import read_manifest
 from pipeline.cache.derive.average import AverageRequest, average
@@ -22,7 +22,9 @@ from stillroom import CachedDataset
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, files
 from tests.pipeline.conftest import tiny_config_of
+from tests.pipeline.heads import build_heads, heads_config
 from tests.pipeline.student.runs import rewrite_view, run_config, set_cell
+from tests.tolerances import ulps
 
 CROPS: dict[str, Any] = {"kind": "crop", "count": 2}
 
@@ -86,6 +88,24 @@ def test_probabilities_at_a_temperature_are_those_of_scipy(teachers: list[TinyCa
     got = softmax(logits(url, "digits-00", 1, temperature=4.0) / 4, axis=1)
     np.testing.assert_allclose(got, 0.25 * narrow + 0.75 * wide, rtol=1e-6)
     assert is_whole(url, teachers)
+
+
+def test_the_probabilities_of_a_multilabel_head_are_sigmoids(tmp_path: Path, built_cache: TinyCache) -> None:
+    caches: list[TinyCache] = []
+    for name, widths in (("narrow", [4, 4, 6, 7]), ("wide", [4, 4, 6, 9])):
+        config = heads_config(built_cache.config, tmp_path / name, views=CROPS, class_means="none")
+        teacher = config.teacher.model_copy(update={"kwargs": {"depth": 8, "widths": widths}})
+        caches.append(build_heads(config.model_copy(update={"teacher": teacher})))
+    url = averaged(caches, tmp_path, weights=(3.0, 1.0), temperature=2.0)
+
+    def probabilities(url: str, head: str, function: Any) -> NDArray[np.float64]:
+        output = open_cache(url).view("heads-0", 1).outputs[f"logits.{head}"]
+        return function(output.decode(temperature=2.0).astype(np.float64) / 2)
+
+    for head, function in (("tags", expit), ("pair", lambda values: softmax(values, axis=1))):
+        narrow, wide = (probabilities(cache.url, head, function) for cache in caches)
+        # Logits are stored in float32.
+        np.testing.assert_allclose(probabilities(url, head, function), 0.75 * narrow + 0.25 * wide, rtol=ulps(16))
 
 
 def test_other_temperatures_are_refused_by_code(teachers: list[TinyCache], tmp_path: Path) -> None:
