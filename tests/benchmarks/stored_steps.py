@@ -81,7 +81,7 @@ def _compare(folder: Path, size: int) -> None:
     for number in range(ROUNDS):
         # Forwards and backwards in turn, so that no mode always follows the same one.
         for mode, trainer in [*trainers.items()][:: 1 if number % 2 else -1]:
-            wall[mode].append(_wall_of_steps(trainer) / BATCH)
+            wall[mode].append(_wall_of_steps(trainer) / STEPS / BATCH)
             cpu[mode].append(_cpu_of(lambda trainer=trainer: _load(trainer)) / LOADED_STEPS / BATCH)
         cpu["S"].append(_cpu_of(lambda: _train_on_one_batch(trainers[_LABELS])) / STEPS / BATCH)
     _report(size, wall, cpu)
