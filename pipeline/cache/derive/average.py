@@ -9,13 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.cache.build.class_means import ClassSums
-from pipeline.cache.build.commit import publish_file
 from pipeline.cache.build.header_claim import MAX_DRIFT
-from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.build.statistics import StatisticsSum
 from pipeline.cache.derive.derivation import (
     Derivation,
@@ -26,11 +25,11 @@ from pipeline.cache.derive.derivation import (
     fetch,
     manifest_sha256,
     open_source,
+    publish_part,
     publish_same,
     row_chunks,
     source_commit,
 )
-from pipeline.cache.format import layout
 from pipeline.cache.format.codec import config_key, decode, depends_on_temperature, encode, row_bytes, stored_outputs
 from pipeline.cache.format.header import plan_of
 from pipeline.cache.read.reader import TeacherCache
@@ -43,6 +42,7 @@ from schemas.cache_format import Commit, Derived, FileRef, Header, Manifest, Out
 
 _COMPARED = ("views", "data", "num_classes", "pixels")
 _INPUT = ("size", "interpolation", "views_id")
+_NORM = "embedding_norm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,39 +200,35 @@ def _common_blocks(sources: Sequence[TeacherCache]) -> list[Item]:
 
 def average_block(derivation: Derivation, item: Item) -> Commit:
     """Publishes the files of a block, and returns its commit, which is not published yet."""
-    sources, header = derivation.opened(), derivation.header
+    sources = derivation.opened()
     commits = [source_commit(cache, item) for cache in sources]
     first = commits[0]
     with storage.scratch_folder() as scratch:
         publish_same(derivation, sources[0].url, first.index, scratch)
-        averager = BlockAverager(sources, header, commits)
         parts = [fetch(cache.url, commit.part, scratch) for cache, commit in zip(sources, commits, strict=True)]
-        views, sizes = [view.view for view in first.views], sum(row_bytes(output) for output in header.outputs)
-        batches = averager.batches(parts)
-        view, batch = next(batches)
-        with PartWriter(scratch, views, batch.schema, row_size_bytes=sizes) as writer:
-            writer.add(view, batch)
-            for view, batch in batches:
-                writer.add(view, batch)
-            part = writer.close()
-        ranges, footer = view_ranges(part, {view.view: view.rows for view in first.views})
-        return first.model_copy(
-            update={
-                "fingerprint": header.fingerprint,
-                "part": publish_file(derivation.destination, part, layout.part_path(*item)),
-                "means": None,
-                "views": ranges,
-                "footer": footer,
-                "statistics": averager.statistics(),
-            }
-        )
+        averager = BlockAverager(sources, derivation.header, commits, parts)
+        commit = publish_part(derivation, item, first, averager.batches(), averager.schema, scratch)
+    return commit.model_copy(update={"means": None, "statistics": averager.statistics()})
 
 
 class BlockAverager:
-    """Averages the logits of a block in float64, and compares all other columns of the sources."""
+    """Averages the logits of a block in float64, and compares all other columns of the sources.
 
-    def __init__(self, sources: Sequence[TeacherCache], header: Header, commits: Sequence[Commit]) -> None:
-        self._sources, self._header, self._commits = sources, header, commits
+    Args:
+        parts: local paths of the parts of the sources.
+
+    Attributes:
+        schema: of the averaged part.
+        chunk_rows: of a batch, except the last one of a view.
+    """
+
+    def __init__(
+        self, sources: Sequence[TeacherCache], header: Header, commits: Sequence[Commit], parts: Sequence[Path]
+    ) -> None:
+        self._sources, self._header, self._commits, self._parts = sources, header, commits, parts
+        self.schema = pa.schema(
+            [field for item in pq.read_schema(parts[0]) if (field := self._field(item)) is not None]
+        )
         indexes = [_index(cache, commits[0].shard_id) for cache in sources]
         self._index, self.chunk_rows = indexes[0], plan_of(header).mix_group
         self._mixes = plan_of(header).mixes
@@ -242,17 +238,22 @@ class BlockAverager:
         self._statistics = StatisticsSum(measured if self._is_fixed(header) else header.outputs, self._index.task)
         self._task_sums = self._index.task.accumulate()
 
-    def batches(self, parts: Sequence[Path]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(view, rows) of the averaged part, in order. Counts the statistics.
+    def _field(self, field: pa.Field) -> pa.Field | None:
+        output = self._header.output(field.name)
+        if output is not None:
+            return field.with_type(pa.binary(row_bytes(output)))
+        return field if field.name == _NORM or field.name not in self._own(0) else None
 
-        Args:
-            parts: local paths of the parts of the sources.
+    def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(view, rows) of the averaged part, in order. Counts the statistics.
 
         Raises:
             CacheError: rows, views or canaries of the sources differ.
         """
         start, last_view = 0, None
-        sources = [row_chunks(part, commit, self.chunk_rows) for part, commit in zip(parts, self._commits, strict=True)]
+        sources = [
+            row_chunks(part, commit, self.chunk_rows) for part, commit in zip(self._parts, self._commits, strict=True)
+        ]
         for found in zip(*sources, strict=True):
             view = found[0][0]
             start, last_view = (start if view == last_view else 0), view
@@ -264,7 +265,7 @@ class BlockAverager:
 
     def _own(self, number: int) -> set[str]:
         """Columns that differ between teachers."""
-        return {"embedding_norm", *(output.name for output in self._sources[number].header.outputs)}
+        return {_NORM, *(output.name for output in self._sources[number].header.outputs)}
 
     def _check_same(self, first: pa.Table, other: pa.Table, number: int, view: int) -> None:
         names, others = (
@@ -289,36 +290,27 @@ class BlockAverager:
             )
 
     def _average(self, chunks: Sequence[pa.Table], rows: slice) -> pa.RecordBatch:
-        own, average = self._own(0), self._header.teacher["average"]
-        new = {output.name: output for output in self._header.outputs}
-        sample_ids, means = self._sample_ids[rows], dict[str, NDArray[np.float32]]()
-        fields: list[pa.Field] = []
-        columns: list[pa.Array] = []
-        for field in chunks[0].schema:
-            if field.name in new:
-                logits = [
-                    decode(chunk[field.name], cast("Output", cache.header.output(field.name)))
-                    for cache, chunk in zip(self._sources, chunks, strict=True)
-                ]
-                mean = mean_sigmoids if self._index.task.roles[field.name] == "multilabel" else mean_softmax
-                temperature, weights = average["temperature"], average["weights"]
-                means[field.name] = (
-                    mean_logits(logits, weights) if temperature is None else mean(logits, weights, temperature)
-                )
-                columns.append(encode(means[field.name], new[field.name], keys=sample_ids))
-                fields.append(field.with_type(columns[-1].type))
-            elif field.name == "embedding_norm":
-                columns.append(pa.array(np.zeros(len(sample_ids), np.float32)))
-                fields.append(field)
-            elif field.name not in own:
-                columns.append(chunks[0][field.name].combine_chunks())
-                fields.append(field)
+        average, sample_ids = self._header.teacher["average"], self._sample_ids[rows]
+        temperature, weights = average["temperature"], average["weights"]
+        columns = {name: chunks[0][name].combine_chunks() for name in self.schema.names}
+        columns[_NORM] = pa.array(np.zeros(len(sample_ids), np.float32))
+        means: dict[str, NDArray[np.float32]] = {}
+        for output in self._header.outputs:
+            logits = [
+                decode(chunk[output.name], cast("Output", cache.header.output(output.name)))
+                for cache, chunk in zip(self._sources, chunks, strict=True)
+            ]
+            mean = mean_sigmoids if self._index.task.roles[output.name] == "multilabel" else mean_softmax
+            means[output.name] = (
+                mean_logits(logits, weights) if temperature is None else mean(logits, weights, temperature)
+            )
+            columns[output.name] = encode(means[output.name], output, keys=sample_ids)
         self._statistics.add_fidelity(sample_ids, means)
         # Of mixed images there are no hits; a group of one row is never mixed.
         if not self._mixes or len(sample_ids) == 1:
             targets = {name: values[rows] for name, values in self._index.ok_targets.items()}
             self._task_sums.add(means, targets)
-        return pa.record_batch(columns, schema=pa.schema(fields))
+        return pa.record_batch([*columns.values()], schema=self.schema)
 
     @staticmethod
     def _is_fixed(header: Header) -> bool:

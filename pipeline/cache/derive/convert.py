@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.cache.build.class_means import ClassSums
-from pipeline.cache.build.commit import publish_file
-from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.build.statistics import StatisticsSum
 from pipeline.cache.derive.derivation import (
     Derivation,
@@ -29,11 +27,11 @@ from pipeline.cache.derive.derivation import (
     fetch,
     manifest_sha256,
     open_source,
+    publish_part,
     publish_same,
     row_chunks,
     source_commit,
 )
-from pipeline.cache.format import layout
 from pipeline.cache.format.codec import config_key, decode, depends_on_temperature, encode, row_bytes, stored_outputs
 from pipeline.cache.format.header import plan_of
 from pipeline.cache.read.reader import TeacherCache
@@ -225,21 +223,8 @@ def convert_block(derivation: Derivation, item: Item) -> Commit:
             publish_same(derivation, source.url, commit.part, scratch)
             return commit
         converter = BlockConverter(source, header, commit, fetch(source.url, commit.part, scratch))
-        sizes, views = sum(row_bytes(output) for output in header.outputs), [view.view for view in commit.views]
-        with PartWriter(scratch, views, converter.schema, row_size_bytes=sizes) as writer:
-            for view, batch in converter.batches():
-                writer.add(view, batch)
-            part = writer.close()
-        ranges, footer = view_ranges(part, {view.view: view.rows for view in commit.views})
-        return commit.model_copy(
-            update={
-                "fingerprint": header.fingerprint,
-                "part": publish_file(derivation.destination, part, layout.part_path(*item)),
-                "views": ranges,
-                "footer": footer,
-                "statistics": converter.statistics(),
-            }
-        )
+        converted = publish_part(derivation, item, commit, converter.batches(), converter.schema, scratch)
+    return converted.model_copy(update={"statistics": converter.statistics()})
 
 
 class BlockConverter:

@@ -25,6 +25,7 @@ from pipeline.cache.build.commit import (
     file_digest,
     files_present,
     find_commit,
+    publish_file,
     read_commit,
     read_commit_summaries,
     revoke,
@@ -32,7 +33,9 @@ from pipeline.cache.build.commit import (
 from pipeline.cache.build.header_claim import claim, publish_under_header
 from pipeline.cache.build.header_files import header_files
 from pipeline.cache.build.manifest import publish_manifest, read_table
+from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.format import layout
+from pipeline.cache.format.codec import row_bytes
 from pipeline.cache.format.files import changed_file, check_sha256, read_file
 from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.core.bounded_parquet import read_bounded
@@ -213,6 +216,29 @@ def publish_same(derivation: Derivation, source_url: str, ref: FileRef | None, s
     """Publishes a file of a source in the destination under the same path."""
     if ref is not None:
         storage.put(fetch(source_url, ref, scratch), storage.join(derivation.destination, ref.path))
+
+
+def publish_part(
+    derivation: Derivation,
+    item: Item,
+    commit: Commit,
+    batches: Iterator[tuple[int, pa.RecordBatch]],
+    schema: pa.Schema,
+    scratch: Path,
+) -> Commit:
+    """Publishes a part of these rows, (view, rows) in order, as many of each view as ``commit`` has. Returns the commit
+    with its place and digests.
+    """
+    views = {view.view: view.rows for view in commit.views}
+    size_bytes = sum(row_bytes(output) for output in derivation.header.outputs)
+    with PartWriter(scratch, [*views], schema, row_size_bytes=size_bytes) as writer:
+        for view, batch in batches:
+            writer.add(view, batch)
+        part = writer.close()
+    ranges, footer = view_ranges(part, views)
+    ref = publish_file(derivation.destination, part, layout.part_path(*item))
+    fingerprint = derivation.header.fingerprint
+    return commit.model_copy(update={"fingerprint": fingerprint, "part": ref, "views": ranges, "footer": footer})
 
 
 def row_chunks(path: Path, commit: Commit, num_rows: int) -> Iterator[tuple[int, pa.Table]]:

@@ -119,12 +119,10 @@ def _compare_block(cache: TeacherCache, derivation: Derivation, item: Item, find
         part = fetch(cache.url, got.part, scratch)
         parts = [fetch(source.url, commit.part, scratch) for source, commit in zip(sources, commits, strict=True)]
         if cache.header.derived is not None and cache.header.derived.kind == "average":
-            deriver = BlockAverager(sources, cache.header, commits)
-            batches = deriver.batches(parts)
+            deriver = BlockAverager(sources, cache.header, commits, parts)
         else:
             deriver = BlockConverter(sources[0], cache.header, commits[0], parts[0])
-            batches = deriver.batches()
-        for (view, batch), (_, chunk) in zip(batches, row_chunks(part, got, deriver.chunk_rows), strict=True):
+        for (view, batch), (_, chunk) in zip(deriver.batches(), row_chunks(part, got, deriver.chunk_rows), strict=True):
             _compare_rows(got, view, batch, chunk, findings)
     names = ("index", "num_ok", "read", "skipped", "environment")
     same = {name: getattr(commits[0], name) for name in names}
