@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from schemas.config import ViewsConfig
+from schemas.config import Size, ViewsConfig, height_width, size_of
 
 FORMAT_VERSION = 1
 EVAL_BLOCK = "eval"
@@ -69,16 +69,17 @@ PIXELS, PIXEL_HASH = "pixels", "pixel_hash"
 """Columns of parts whose views are stored."""
 
 
-def pixel_type(pixels: str | None, size: int) -> pa.DataType | None:
+def pixel_type(pixels: str | None, size: Size) -> pa.DataType | None:
     """The type of the column ``pixels``; None: there is none.
 
     Args:
         pixels: ``views.pixels`` of the plan.
-        size: height and width of a view.
+        size: of a view.
     """
     if pixels in (None, "none"):
         return None
-    return pa.binary(3 * size * size) if pixels == "raw" else pa.large_binary()
+    height, width = height_width(size)
+    return pa.binary(3 * height * width) if pixels == "raw" else pa.large_binary()
 
 
 def part_schema(
@@ -265,9 +266,14 @@ class Header(VersionedRecord):
         return body
 
     @property
+    def input_size(self) -> Size:
+        """Of the teacher, and of the views that are stored."""
+        return size_of(self.teacher["size"])
+
+    @property
     def pixel_type(self) -> pa.DataType | None:
         """The type of the column of the stored views; None: the parts have none."""
-        return pixel_type(self.pixels, int(self.teacher["size"]))
+        return pixel_type(self.pixels, self.input_size)
 
     def output(self, name: str) -> Output | None:
         return next((output for output in self.outputs if output.name == name), None)

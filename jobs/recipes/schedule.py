@@ -12,7 +12,7 @@ from pipeline.models.summary import summarize_model
 from pipeline.student.data.sources import planned_num_views
 from pipeline.student.training.schedule import TrainingPlan, plan_training
 from pipeline.tasks import task_of
-from schemas.config import Config, LossSection, ModelConfig
+from schemas.config import Config, LossSection, ModelConfig, size_text
 
 _PRETRAINED = "pretrained"
 
@@ -57,7 +57,7 @@ def _model_text(model: ModelConfig, config: Config, where: str) -> str:
     kwargs = f" {model.kwargs}" if model.kwargs else ""
     return (
         f"{model.model}{kwargs}: {summary.num_parameters / 1e6:.2f} M parameters, embedding {summary.embedding_dim}, "
-        f"{summary.input.size} pixels"
+        f"{size_text(summary.input.size)} pixels"
     )
 
 

@@ -27,11 +27,11 @@ def apply_options(view_CHW: Tensor, aug_params: Mapping[str, float]) -> Tensor:
     """Applies jitter, then the operations in their order, then the erased box.
 
     Args:
-        view_CHW: uint8 [3, S, S]; not modified.
+        view_CHW: uint8 [3, H, W]; not modified.
         aug_params: one row of ``schemas.cache_format.aug_param_columns``; ``to_input`` applies those of cutmix.
 
     Returns:
-        uint8 [3, S, S] over H×W×C memory.
+        uint8 [3, H, W] over H×W×C memory.
     """
     steps = [*_jitter_steps(aug_params), *_op_steps(aug_params)]
     if steps:
@@ -81,7 +81,7 @@ def _blend(view_CHW: Tensor, base_CHW: Tensor, factor: float) -> Tensor:
 
 
 def _grey(view_CHW: Tensor) -> Tensor:
-    """ITU-R 601 luma in 16-bit fixed point, as Pillow's mode L: int32 [1, S, S]."""
+    """ITU-R 601 luma in 16-bit fixed point, as Pillow's mode L: int32 [1, H, W]."""
     red, green, blue = view_CHW.to(torch.int32)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16)[None]
 
@@ -136,17 +136,17 @@ def _affine(view_CHW: Tensor, matrix: tuple[float, float, float, float], shift: 
         matrix: row by row; ``p`` is the centre of a pixel, x to the right and y down from the centre of the view.
         shift: x and y, in fractions of the view.
     """
-    size = view_CHW.shape[-1]
-    centre = torch.arange(size, dtype=torch.float64) + (0.5 - size / 2)
-    columns_SS, rows_SS = (
-        torch.floor(along_x * centre + along_y * centre[:, None] + (size / 2 - size * by)).to(torch.int32)
-        for along_x, along_y, by in zip(matrix[::2], matrix[1::2], shift, strict=True)
+    height, width = view_CHW.shape[1:]
+    x_W, y_H = (torch.arange(side, dtype=torch.float64) + (0.5 - side / 2) for side in (width, height))
+    columns_HW, rows_HW = (
+        torch.floor(along_x * x_W + along_y * y_H[:, None] + (side / 2 - side * by)).to(torch.int32)
+        for along_x, along_y, side, by in zip(matrix[::2], matrix[1::2], (width, height), shift, strict=True)
     )
-    outside_SS = (columns_SS < 0) | (columns_SS >= size) | (rows_SS < 0) | (rows_SS >= size)
-    source_SS = (rows_SS * size + columns_SS).masked_fill_(outside_SS, size * size)
+    outside_HW = (columns_HW < 0) | (columns_HW >= width) | (rows_HW < 0) | (rows_HW >= height)
+    source_HW = (rows_HW * width + columns_HW).masked_fill_(outside_HW, height * width)
     grey_1C = torch.full((1, 3), _FILL_LEVEL, dtype=torch.uint8)
     pixels_PC = torch.cat([view_CHW.permute(1, 2, 0).reshape(-1, 3), grey_1C])
-    return pixels_PC.index_select(0, source_SS.view(-1)).view(size, size, 3).permute(2, 0, 1).contiguous()
+    return pixels_PC.index_select(0, source_HW.view(-1)).view(height, width, 3).permute(2, 0, 1).contiguous()
 
 
 def _rotate(view_CHW: Tensor, degrees: float) -> Tensor:

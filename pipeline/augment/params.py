@@ -31,7 +31,7 @@ from pipeline.augment.random_bits import (
     sample_uniforms,
     uniform_between,
 )
-from schemas.config import ViewsConfig
+from schemas.config import Size, ViewsConfig, height_width
 
 EVAL_VIEW = 65_535
 """The view number of an eval pass; numbers of a plan's views are smaller."""
@@ -72,6 +72,7 @@ def view_params(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N:
     """Parameters of one view of each of N samples; view numbers may differ between rows.
 
     Args:
+        plan: eval views fit its size, if it has one.
         keys_N2: ``sample_keys(plan.seed, …)``.
         views_N: view numbers from 0; online training uses epochs, which may exceed 65,535.
         widths_N, heights_N: pixels of the original after EXIF rotation, at least 1.
@@ -99,15 +100,23 @@ def sample_views(
     return view_params(plan, sample_keys(plan.seed, sample_ids), views_N, _as_ints(width_N), _as_ints(height_N))
 
 
-def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> ViewParams:
-    """A centred square crop, neither flipped nor mixed, without the options of the plan.
+def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints, size: Size | None = None) -> ViewParams:
+    """A centred crop of the input's aspect ratio, neither flipped nor mixed, without the options of the plan.
 
-    Its side is ``rint(crop_fraction * min(width, height))`` in float64 (halves to even), at least 1; left and top are
-    ``(width - side) // 2`` and ``(height - side) // 2``.
+    Its width is ``rint(crop_fraction * (short / h))`` in float64 (halves to even), at least 1, for an input of h x w
+    pixels and ``short = min(width * h, height * w)``; its height is the same with w in place of h. Left and top are
+    half of what remains, rounded down.
+
+    Args:
+        size: of the input; default: that of the plan, else a square.
     """
     widths_N, heights_N = _as_ints(widths_N), _as_ints(heights_N)
-    side_N = np.maximum(_rint(plan.crop_fraction * np.minimum(widths_N, heights_N)), 1)
-    box_N4 = _boxes((widths_N - side_N) // 2, (heights_N - side_N) // 2, side_N, side_N)
+    height, width = height_width(size or plan.size or 1)
+    short_N = np.minimum(widths_N * height, heights_N * width)
+    box_width_N, box_height_N = (
+        np.maximum(_rint(plan.crop_fraction * (short_N / side)), 1) for side in (height, width)
+    )
+    box_N4 = _boxes((widths_N - box_width_N) // 2, (heights_N - box_height_N) // 2, box_width_N, box_height_N)
     return ViewParams(box_N4, np.zeros(len(box_N4), dtype=np.bool_), np.ones(len(box_N4), dtype=np.float32), {})
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pipeline.augment.effects import apply_options, pixel_edges
-from schemas.config import Interpolation
+from schemas.config import Interpolation, Size, height_width
 
 _BLOCKS = 8
 
@@ -27,7 +27,7 @@ def apply_view(
     flip: bool,
     aug_params: Mapping[str, float] | None = None,
     *,
-    size: int,
+    size: Size,
     interpolation: Interpolation,
 ) -> Tensor:
     """Crops, resizes with antialiasing, flips, then applies the plan's options.
@@ -40,32 +40,32 @@ def apply_view(
         image_CHW: uint8 [3, H, W].
         box: (left, top, width, height) in pixels of ``image_CHW``.
         aug_params: see ``apply_options``.
-        size: height and width of the result, in pixels.
+        size: of the result, in pixels.
 
     Returns:
-        uint8 [3, size, size] over H×W×C memory.
+        uint8 [3, height, width] of this size, over H×W×C memory.
     """
     left, top, width, height = (int(value) for value in box)
     crop_HWC = image_CHW[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
-    view_CHW = _resized(crop_HWC, size, interpolation)
+    view_CHW = _resized(crop_HWC, height_width(size), interpolation)
     view_CHW = view_CHW.flip(-1) if flip else view_CHW
     return apply_options(view_CHW, aug_params) if aug_params else view_CHW
 
 
-def _resized(crop_HWC: Tensor, size: int, interpolation: Interpolation) -> Tensor:
-    """[3, size, size], in integer arithmetic, which is the same on every processor.
+def _resized(crop_HWC: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """[3, height, width], in integer arithmetic, which is the same on every processor.
 
     torchvision's resize uses float32 where it expects that to be faster, with other pixels.
     """
-    if crop_HWC.shape[:2] == (size, size):
+    if crop_HWC.shape[:2] == size:
         return crop_HWC.permute(2, 0, 1)
     # The batch axis is added before the permutation; added after it, the result would not be channels-last.
     crop_1CHW = crop_HWC[None].permute(0, 3, 1, 2)
-    return interpolate(crop_1CHW, (size, size), mode=interpolation, antialias=True, align_corners=False)[0]
+    return interpolate(crop_1CHW, size, mode=interpolation, antialias=True, align_corners=False)[0]
 
 
 def stack_views(views: Sequence[Tensor], *, spare_bytes: int | None = None) -> Tensor:
-    """Stacks uint8 [..., 3, S, S] tensors of one shape to [N, ..., 3, S, S] in channels-last memory.
+    """Stacks uint8 [..., 3, H, W] tensors of one shape to [N, ..., 3, H, W] in channels-last memory.
 
     ``apply_view`` returns this layout and convolutions are fastest with it, so pixels are never repacked.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.augment.pixels import apply_view
 from pipeline.shards.decode import BadImageError, decode
-from schemas.config import Interpolation, ViewsConfig
+from schemas.config import Interpolation, Size, ViewsConfig, height_width, size_text
 
 JPEG, RAW = "jpeg", "raw"
 ENCODER = f"torchvision {torchvision.__version__}"
@@ -50,7 +50,7 @@ def render_view(
     aug_params: Mapping[str, float] | None = None,
     *,
     quality: int | None,
-    size: int,
+    size: Size,
     interpolation: Interpolation,
 ) -> tuple[Tensor, bytes | None]:
     """A view as networks see it: that of ``apply_view``, encoded and decoded by a plan that encodes with loss.
@@ -59,7 +59,7 @@ def render_view(
         quality: ``ViewsConfig.jpeg_quality``; None: the view is not encoded.
 
     Returns:
-        uint8 [3, size, size], and the JPEG if there is one.
+        uint8 [3, H, W], and the JPEG if there is one.
     """
     view_CHW = apply_view(image_CHW, box, flip, aug_params, size=size, interpolation=interpolation)
     if quality is None:
@@ -68,8 +68,8 @@ def render_view(
     return decode_view(data, pixels=JPEG, size=size), data
 
 
-def decode_view(data: bytes, *, pixels: str, size: int) -> Tensor:
-    """A stored view: uint8 [3, size, size] over H×W×C memory.
+def decode_view(data: bytes, *, pixels: str, size: Size) -> Tensor:
+    """A stored view: uint8 [3, H, W] over H×W×C memory.
 
     Args:
         pixels: ``views.pixels`` of the plan: ``raw``, or a JPEG's with or without its quality.
@@ -77,13 +77,14 @@ def decode_view(data: bytes, *, pixels: str, size: int) -> Tensor:
     Raises:
         BadImageError: these bytes are not such a view.
     """
+    height, width = height_width(size)
     if pixels != RAW:
-        view_CHW = decode(data, max_pixels=size * size)
-    elif len(data) == 3 * size * size:
+        view_CHW = decode(data, max_pixels=height * width)
+    elif len(data) == 3 * height * width:
         # A copy: torch may not see memory that must not be written to.
-        view_CHW = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+        view_CHW = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
     else:
-        raise BadImageError("undecodable", f"{len(data)} bytes are no view of {size} pixels")
-    if view_CHW.shape != (3, size, size):
-        raise BadImageError("undecodable", f"a view of {list(view_CHW.shape)}, not of {size} pixels")
+        raise BadImageError("undecodable", f"{len(data)} bytes are no view of {size_text(size)} pixels")
+    if view_CHW.shape != (3, height, width):
+        raise BadImageError("undecodable", f"a view of {list(view_CHW.shape)}, not of {size_text(size)} pixels")
     return view_CHW

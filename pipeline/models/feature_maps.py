@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import ModelError
 from pipeline.models.embedding import EmbeddingModel
+from schemas.config import Size, size_text
 
 Layout = Literal["channels_first", "channels_last", "tokens"]
 P = ParamSpec("P")
@@ -91,7 +92,7 @@ def forward_with_maps(
     return outputs, tuple(feature_map.to_map(recorded[feature_map.layer]) for feature_map in maps)
 
 
-def find_maps(model: EmbeddingModel, layers: Sequence[str], *, size: int, where: str) -> tuple[FeatureMap, ...]:
+def find_maps(model: EmbeddingModel, layers: Sequence[str], *, size: Size, where: str) -> tuple[FeatureMap, ...]:
     """The layouts of the outputs of these layers, from a forward of two images of ``size`` pixels.
 
     Images and maps are square. An output of four dimensions is [B,C,H,W] if its last two are equal, else [B,H,W,C] if
@@ -104,9 +105,17 @@ def find_maps(model: EmbeddingModel, layers: Sequence[str], *, size: int, where:
         where: YAML key, for messages.
 
     Raises:
-        ModelError: a layer does not exist, does not run exactly once, or its output is not a map; or the layers run in
-            another order.
+        ModelError: a layer does not exist, does not run exactly once, or its output is not a map; the layers run in
+            another order; or the images are no squares.
     """
+    if not isinstance(size, int):
+        raise ModelError(
+            "feature maps and patch tokens need square images",
+            code="model.maps-need-square",
+            where=where,
+            got=f"images of {size_text(size)} pixels",
+            next_step="set one number as the size of teacher and student, or leave out what reads maps or tokens",
+        )
     assert not model.training, "the trial forward pass must not change statistics"
     unknown = [layer for layer in layers if layer not in _layer_names(model)]
     if unknown:

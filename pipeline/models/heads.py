@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.core.errors import ModelError
 from pipeline.models.probe import backbone_output
 from pipeline.models.sources.base import BuildRequest, BuiltModel, head_name, last_layer, untrained_head
-from schemas.config import ModelConfig, TeacherModelConfig
+from schemas.config import ModelConfig, Size, TeacherModelConfig
 
 BACKBONE, HEADS = "backbone.", "heads."
 """Prefixes of the names of tensors in a network with several heads."""
@@ -110,7 +110,7 @@ def backbone_request(request: BuildRequest) -> BuildRequest:
     return replace(request, head="none")
 
 
-def with_heads(built: BuiltModel, request: BuildRequest, *, size: int) -> BuiltModel:
+def with_heads(built: BuiltModel, request: BuildRequest, *, size: Size) -> BuiltModel:
     """The network of a library with a linear layer for each head.
 
     Args:

@@ -29,7 +29,7 @@ from pipeline.models.text_head import (
     without_heads,
 )
 from pipeline.models.weights import load_state, read_state, student_of_run, weights_read_errors
-from schemas.config import Interpolation, ModelConfig, TeacherModelConfig, Triple
+from schemas.config import Interpolation, ModelConfig, Size, TeacherModelConfig, Triple
 
 _NAME_FORMS = "timm/NAME, torchvision/NAME or python:package.module:factory"
 _SOURCES: dict[str, Callable[[BuildRequest], BuiltModel]] = {
@@ -49,7 +49,7 @@ class InputSpec:
         interpolation: for resizing a box of the original image to ``size``.
     """
 
-    size: int
+    size: Size
     mean: Triple
     std: Triple
     interpolation: Interpolation
@@ -77,7 +77,7 @@ def load_model(
     config: ModelConfig,
     *,
     widths: Mapping[str, int],
-    size: int | None,
+    size: Size | None,
     seed: int = 0,
     allow_new_head: bool = False,
     where: str = "teacher",
@@ -119,7 +119,7 @@ def load_model(
 
 
 def load_untrained(
-    config: ModelConfig, *, widths: Mapping[str, int], size: int | None, likely_size: int | None = None
+    config: ModelConfig, *, widths: Mapping[str, int], size: Size | None, likely_size: Size | None = None
 ) -> LoadedModel:
     """Builds a teacher's network without loading its weights, for properties that do not depend on their values.
 
@@ -137,7 +137,7 @@ def load_untrained(
 
 
 def build(
-    request: BuildRequest, size: int | None, backbone: Callable[[BuildRequest], BuiltModel] = BuildRequest.build
+    request: BuildRequest, size: Size | None, backbone: Callable[[BuildRequest], BuiltModel] = BuildRequest.build
 ) -> tuple[BuiltModel, InputSpec]:
     """The network with all of its heads, and its input. Factories of the user build several heads themselves.
 
@@ -346,7 +346,7 @@ def _seeded(seed: int) -> Generator[None]:
         yield
 
 
-def input_spec(config: ModelConfig, declared: DeclaredInput, size: int | None, where: str) -> InputSpec:
+def input_spec(config: ModelConfig, declared: DeclaredInput, size: Size | None, where: str) -> InputSpec:
     """The values of the YAML section, else those that the network declares; mean, std and size have no default."""
     chosen: dict[str, Any] = {
         "mean": config.mean or declared.mean,

@@ -12,11 +12,12 @@ from pipeline.core.errors import ModelError, StillroomError, cause
 from pipeline.models.embedding import EmbeddingModel, forward_with_embedding, register_head_hooks
 from pipeline.models.sources.base import BuildRequest, BuiltModel, head_name
 from pipeline.tasks import EMBEDDING
+from schemas.config import Size, height_width
 
 _T = TypeVar("_T")
 
 
-def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingModel:
+def wrap(built: BuiltModel, request: BuildRequest, *, size: Size) -> EmbeddingModel:
     """The network as an ``EmbeddingModel`` in eval mode, checked by a forward of two images of ``size`` pixels.
 
     Raises:
@@ -31,7 +32,7 @@ def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingMod
     return EmbeddingModel(built.network, built.heads, widths=widths).eval()
 
 
-def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> dict[str, Tensor]:
+def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: Size) -> dict[str, Tensor]:
     """Outputs of two images by name, in eval mode, on the device of the network (``meta`` has no values).
 
     Raises:
@@ -48,7 +49,7 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> dic
     return outputs
 
 
-def backbone_output(built: BuiltModel, request: BuildRequest, *, size: int) -> Tensor:
+def backbone_output(built: BuiltModel, request: BuildRequest, *, size: Size) -> Tensor:
     """What a network without a classifier returns for two images: the embedding [2,D].
 
     Raises:
@@ -67,7 +68,7 @@ def backbone_output(built: BuiltModel, request: BuildRequest, *, size: int) -> T
     )
 
 
-def _forward(built: BuiltModel, request: BuildRequest, size: int, forward: Callable[[Tensor], _T]) -> _T:
+def _forward(built: BuiltModel, request: BuildRequest, size: Size, forward: Callable[[Tensor], _T]) -> _T:
     """One forward of two images in eval mode."""
     built.network.eval()
     try:
@@ -77,7 +78,7 @@ def _forward(built: BuiltModel, request: BuildRequest, size: int, forward: Calla
         raise
     except Exception as error:
         raise ModelError(
-            f"{request.config.model} does not run on images of {size}×{size} pixels",
+            f"{request.config.model} does not run on images of {'×'.join(map(str, height_width(size)))} pixels",
             code="model.forward-failed",
             where=f"{request.where}.model",
             got=cause(error),
@@ -94,10 +95,11 @@ def _by_name(output: object, request: BuildRequest) -> dict[str, Any]:
     return {name: heads.get(head_name(name)) for name in request.widths}
 
 
-def _images(built: BuiltModel, size: int) -> Tensor:
-    """A ramp [2,3,size,size] on the device of the network."""
+def _images(built: BuiltModel, size: Size) -> Tensor:
+    """A ramp [2,3,H,W] on the device of the network."""
     device = next(built.network.parameters(), torch.empty(0)).device
-    return torch.linspace(-1, 1, 2 * 3 * size * size, device=device).reshape(2, 3, size, size)
+    height, width = height_width(size)
+    return torch.linspace(-1, 1, 2 * 3 * height * width, device=device).reshape(2, 3, height, width)
 
 
 def _check_width(built: BuiltModel, width: int, request: BuildRequest) -> None:
@@ -113,7 +115,7 @@ def _check_width(built: BuiltModel, width: int, request: BuildRequest) -> None:
     )
 
 
-def _check_training(built: BuiltModel, request: BuildRequest, *, size: int) -> None:
+def _check_training(built: BuiltModel, request: BuildRequest, *, size: Size) -> None:
     """One forward in training mode, in which some networks return auxiliary outputs. Changes no state."""
     buffers = {name: buffer.clone() for name, buffer in built.network.named_buffers()}
     outputs: dict[str, Any] = {}
@@ -187,7 +189,7 @@ def _shape(value: object) -> tuple[object, ...] | str:
     return "missing" if value is None else (type(value).__name__,)
 
 
-def _size_hint(built: BuiltModel, request: BuildRequest, size: int) -> str:
+def _size_hint(built: BuiltModel, request: BuildRequest, size: Size) -> str:
     key = "views.size" if request.where == "teacher" else f"{request.where}.size"
     native = "" if built.declared.size in (None, size) else f" to {built.declared.size}, the size of the model"
     rebuild = f"; or build for this size with {request.where}.kwargs: {{{built.size_kwarg}: {size}}} (ViT and similar)"

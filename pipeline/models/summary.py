@@ -13,7 +13,7 @@ from pipeline.models.probe import probe_outputs
 from pipeline.models.sources.base import BuildRequest, BuiltModel
 from pipeline.models.text_head import with_outputs
 from pipeline.tasks import EMBEDDING
-from schemas.config import ModelConfig
+from schemas.config import ModelConfig, Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class ModelSummary:
     input: InputSpec
 
 
-def summarize_model(config: ModelConfig, *, widths: Mapping[str, int], size: int | None, where: str) -> ModelSummary:
+def summarize_model(config: ModelConfig, *, widths: Mapping[str, int], size: Size | None, where: str) -> ModelSummary:
     """Builds the network on torch's meta device and runs one forward there. Downloads nothing.
 
     Args:
@@ -58,7 +58,7 @@ def _on_meta(request: BuildRequest) -> BuiltModel:
     return built
 
 
-def check_weights(config: ModelConfig, *, widths: Mapping[str, int], size: int | None, where: str) -> None:
+def check_weights(config: ModelConfig, *, widths: Mapping[str, int], size: Size | None, where: str) -> None:
     """Checks on the meta device that the weights of a teacher fit its network, as ``load_model`` does.
 
     Reads the whole weights file and computes no forward pass. Does not download the weights of a library.

@@ -30,7 +30,7 @@ from pipeline.student.supervision.pixel_inputs import cache_inputs, check_same_i
 from pipeline.student.supervision.requirements import CLASS_MEANS, Requirement
 from pipeline.student.supervision.spec import SupervisionSpec, spec_of_caches
 from pipeline.tasks import EMBEDDING, TOKENS, Task, task_of
-from schemas.config import DataConfig, Interpolation, Section, StudentConfig, TrainConfig, Triple
+from schemas.config import DataConfig, Interpolation, Section, Size, StudentConfig, TrainConfig, Triple
 
 
 class _Options(Section):
@@ -68,7 +68,7 @@ class CachedDataset(Dataset[CachedBatch]):
         lanes: int | None = None,
         num_views: int | None = None,
         views_per_image: int = 1,
-        size: int | None = None,
+        size: Size | None = None,
         interpolation: Interpolation | None = None,
         mean: Triple | None = None,
         std: Triple | None = None,
@@ -92,7 +92,8 @@ class CachedDataset(Dataset[CachedBatch]):
             num_views: the first n views of the caches alone; default: all.
             views_per_image: k, views of each image in a batch, which is decoded once. Rows of one image have the same
                 sample id; an epoch has k rows of each image.
-            size, interpolation: of the student's square input; default: the teacher's.
+            size, interpolation: of the student's input, in pixels, height and width in one number or (height,
+                width); default: the teacher's.
             mean, std: per channel, of [0,1] RGB, for ``CachedBatch.images``; default: the teacher's.
             temperatures: at which ``topk`` logits are decoded; other encodings need no list. Empty: decode no logits.
             embeddings: whether to read the teachers' embeddings, for ``CachedBatch.teacher_embeddings``.

@@ -18,7 +18,7 @@ from pipeline.tasks import TOKENS, TeacherOutputs
 from pipeline.teacher.numerics import autocast
 from pipeline.teacher.rendering import GroupViews, Mixing
 from pipeline.teacher.tokens import TokenPlan, TokenRequest
-from schemas.config import Precision, TeacherModelConfig
+from schemas.config import Precision, Size, TeacherModelConfig
 
 
 class Teacher:
@@ -163,7 +163,7 @@ def load_teacher(
     config: TeacherModelConfig,
     *,
     widths: Mapping[str, int],
-    size: int | None,
+    size: Size | None,
     device: torch.device,
     where: str = "teacher",
     tokens: TokenRequest | None = None,

@@ -37,7 +37,7 @@ from pipeline.shards.index import STATUSES, IndexBuilder, ShardIndex
 from pipeline.shards.tar import Sample, TarNotes, read_samples
 from pipeline.tasks import Targets, Task, task_of
 from schemas.cache_format import Status, ViewBlock
-from schemas.config import DataConfig, Interpolation, ViewsConfig
+from schemas.config import DataConfig, Interpolation, Size, ViewsConfig, height_width
 
 _STATUSES_AFTER_DECODING = ("ok", *get_args(BadStatus))
 
@@ -47,7 +47,7 @@ class Rendering:
     """The views of a shard's images to render.
 
     Attributes:
-        size: height and width of the views in pixels.
+        size: of the views in pixels.
         task: that of the samples' targets.
         max_pixels: of an image; a larger one is not decoded.
     """
@@ -55,7 +55,7 @@ class Rendering:
     shard_id: str
     plan: ViewsConfig
     block: ViewBlock
-    size: int
+    size: Size
     interpolation: Interpolation
     task: Task
     max_pixels: int
@@ -242,7 +242,7 @@ def read_groups(
 
 def _new_buffer(rendering: Rendering, num_rows: int, pinned: bool) -> Tensor:
     """Memory for the views of a group, in the layout that convolutions read: uint8 [V,N,H,W,C]."""
-    shape = (len(rendering.view_numbers), num_rows, rendering.size, rendering.size, 3)
+    shape = (len(rendering.view_numbers), num_rows, *height_width(rendering.size), 3)
     # The pool's threads are outside of inference mode and could not write into a tensor that was created in it.
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
@@ -298,7 +298,7 @@ def _sample_params(rendering: Rendering, sample_ids: list[str], sizes_N2: NDArra
         return []
     widths, heights = (np.repeat(sizes_N2[:, axis], len(views)) for axis in (0, 1))
     if rendering.block.is_eval:
-        params = eval_params(rendering.plan, widths, heights)
+        params = eval_params(rendering.plan, widths, heights, rendering.size)
     else:
         keys = np.repeat(sample_keys(rendering.plan.seed, sample_ids), len(views), axis=0)
         params = view_params(rendering.plan, keys, np.tile(np.array(views, np.int64), len(sample_ids)), widths, heights)

@@ -33,6 +33,7 @@ from schemas.config.model import (
 )
 from schemas.config.ray import RayConfig
 from schemas.config.section import Section, Share, Triple, local_path
+from schemas.config.size import Size, height_width, size_json, size_of, size_text
 from schemas.config.train import BalanceConfig, Optimizer, RunConfig, TrainConfig
 from schemas.config.views import ErasingConfig, JitterConfig, RandAugmentConfig, ViewsConfig
 
@@ -109,6 +110,7 @@ __all__ = [
     "RunConfig",
     "Section",
     "Share",
+    "Size",
     "StudentConfig",
     "TeacherConfig",
     "TeacherModelConfig",
@@ -116,5 +118,9 @@ __all__ = [
     "TrainConfig",
     "Triple",
     "ViewsConfig",
+    "height_width",
     "local_path",
+    "size_json",
+    "size_of",
+    "size_text",
 ]

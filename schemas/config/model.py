@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from schemas.config.section import Section, Triple
+from schemas.config.size import SizeKey
 from schemas.config.views import ViewsConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -72,8 +73,8 @@ class TeacherModelConfig(ModelConfig):
 class OtherTeacherConfig(TeacherModelConfig):
     """A further online teacher."""
 
-    size: int | None = Field(
-        None, ge=1, description="Input height and width in pixels; default views.size, else that of the model."
+    size: SizeKey | None = Field(
+        None, description="Input height and width in pixels; default views.size, else that of the model."
     )
 
 
@@ -114,7 +115,7 @@ class StudentConfig(ModelConfig):
     weights: str | None = Field(
         "random", description="pretrained, random, or URL of .safetensors/.pt (weights_only), or of a run."
     )
-    size: int | None = Field(None, ge=1, description="Input height and width in pixels; default views.size.")
+    size: SizeKey | None = Field(None, description="Input height and width in pixels; default views.size.")
     views: ViewsConfig | None = Field(
         None, description="Separate views for the student, new in each epoch; null: the views of the teacher."
     )

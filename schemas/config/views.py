@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from schemas.config.section import Level, Section
+from schemas.config.size import Size, SizeKey
 
 _AUGMENTING = ("jitter", "randaugment", "erasing")
 _JPEG = "jpeg:"
@@ -66,7 +67,9 @@ class ViewsConfig(Section):
     kind: Literal["eval", "crop", "function_matching"] = Field("crop", description="See docs/reference/format.md.")
     count: int = Field(1, ge=1, le=65_535, description="V, views per image in a cache.")
     seed: int = Field(0, ge=0, lt=2**63, description="Views are a pure function of it and the sample id.")
-    size: int | None = Field(None, ge=1, description="The teacher's input height and width in pixels.")
+    size: SizeKey | None = Field(
+        None, description="The teacher's input in pixels: height and width in one number, or [height, width]."
+    )
     area: tuple[float, float] = Field((0.05, 1.0), description="Box area as a share of the image, sampled uniformly.")
     aspect: tuple[float, float] = Field((0.75, 4 / 3), description="Box width / height, sampled log-uniformly.")
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
@@ -116,6 +119,12 @@ class ViewsConfig(Section):
     @property
     def mixes(self) -> bool:
         return self.kind == "function_matching"
+
+    @property
+    def box_size(self) -> Size | None:
+        """The size of the teacher's input, if the boxes of the views depend on it: those of eval views have its
+        aspect ratio."""
+        return None if self.kind != "eval" or isinstance(self.size, int) else self.size
 
     @property
     def jpeg_quality(self) -> int | None:

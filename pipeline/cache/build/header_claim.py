@@ -33,7 +33,7 @@ from pipeline.tasks import planned_outputs, task_of
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.tokens import TokenPlan, TokenRequest
 from schemas.cache_format import Commit, Header
-from schemas.config import CacheConfig, Config, DataConfig, Precision, ViewsConfig
+from schemas.config import CacheConfig, Config, DataConfig, Precision, ViewsConfig, height_width, size_json
 
 _NUM_PROBES = 4
 MAX_DRIFT = {"fp32": 1e-2, "bf16": 0.15, "fp16": 0.05}
@@ -61,7 +61,7 @@ def teacher_body(
     return {
         "architecture": loaded.architecture,
         "weights": weights,
-        "size": spec.size,
+        "size": size_json(spec.size),
         "interpolation": spec.interpolation,
         "mean": list(spec.mean),
         "std": list(spec.std),
@@ -128,13 +128,13 @@ def make_header(
 
 def _probe(teacher: Teacher, name: str) -> NDArray[np.float32]:
     """An output for four fixed noise images, [4,…]: it shows that the model changed while its weights did not."""
-    size = teacher.loaded.input.size
-    num_blocks = -(-3 * size * size // 32)
+    height, width = height_width(teacher.loaded.input.size)
+    num_blocks = -(-3 * height * width // 32)
     keys = np.repeat(sample_keys(0, [f"probe/{number}" for number in range(_NUM_PROBES)]), num_blocks, axis=0)
     counters = np.zeros((len(keys), 4), np.uint64)
     counters[:, 0] = np.tile(np.arange(num_blocks, dtype=np.uint64), _NUM_PROBES)
     noise = philox4x64(keys, counters).astype("<u8").view(np.uint8).reshape(_NUM_PROBES, -1)
-    pixels = torch.from_numpy(noise[:, : 3 * size * size].reshape(_NUM_PROBES, 3, size, size).copy())
+    pixels = torch.from_numpy(noise[:, : 3 * height * width].reshape(_NUM_PROBES, 3, height, width).copy())
     values = teacher.infer(pixels)[name]
     if not np.isfinite(values).all():
         raise ModelError(
@@ -231,7 +231,7 @@ def check_without_weights(stored: Header, config: Config) -> None:
         teacher,
         widths=task_of(config.data).widths,
         size=size,
-        likely_size=size or int(str(stored.teacher["size"])),
+        likely_size=size or stored.input_size,
     )
     body = teacher_body(
         loaded,

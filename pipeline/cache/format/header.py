@@ -17,13 +17,14 @@ from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
 from pipeline.tasks import output_roles, task_of
 from schemas.cache_format import Header, Output
-from schemas.config import Interpolation, ViewsConfig
+from schemas.config import Interpolation, Size, ViewsConfig, size_json
 
 
 def views_body(
-    plan: ViewsConfig, *, size: int | None = None, interpolation: Interpolation | None = None
+    plan: ViewsConfig, *, size: Size | None = None, interpolation: Interpolation | None = None
 ) -> dict[str, Any]:
-    """Every key that decides the pixels of a view, except the teacher's input size: its hash is the views id.
+    """Every key that decides the pixels of a view, except the teacher's input size, of which only boxes of eval views
+    depend, if it is no square: the hash is the views id.
 
     Args:
         size, interpolation: of the teacher's input. They decide the pixels of views that are encoded with loss, and
@@ -31,14 +32,17 @@ def views_body(
     """
     body = plan.model_dump(mode="json", exclude={"count", "size", "pixels"}, exclude_none=True)
     if plan.jpeg_quality is not None:
-        body["pixels"] = {**jpeg_settings(plan.jpeg_quality), "size": size, "interpolation": interpolation}
+        stored_size = None if size is None else size_json(size)
+        body["pixels"] = {**jpeg_settings(plan.jpeg_quality), "size": stored_size, "interpolation": interpolation}
+    if plan.box_size is not None:
+        body["size"] = size_json(plan.box_size)
     # Plans that are older than this key have the id of its default.
     if plan.mix_repeat == 1:
         del body["mix_repeat"]
     return {**body, "rng_version": RNG_VERSION}
 
 
-def views_id(plan: ViewsConfig, *, size: int | None = None, interpolation: Interpolation | None = None) -> str:
+def views_id(plan: ViewsConfig, *, size: Size | None = None, interpolation: Interpolation | None = None) -> str:
     return short_digest(views_body(plan, size=size, interpolation=interpolation))
 
 

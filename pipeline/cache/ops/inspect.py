@@ -23,7 +23,7 @@ from pipeline.core.redaction import redact
 from pipeline.shards.labels import LabelCount, domain_warning, label_warning
 from pipeline.tasks import task_of
 from schemas.cache_format import BuildLog, Header, Manifest, Output
-from schemas.config import ViewsConfig
+from schemas.config import ViewsConfig, size_text
 
 # A driver renews its log when a part is done, so this many part times may pass without a renewal.
 _SILENT_PARTS = 10
@@ -122,7 +122,7 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         fingerprint=header.fingerprint,
         views_id=header.views_id,
         teacher=", ".join([model, *classes, header.teacher["precision"]]),
-        views=f"{', '.join(_view_names(header))}, seed {header.views['seed']}, {header.teacher['size']} px",
+        views=f"{', '.join(_view_names(header))}, seed {header.views['seed']}, {size_text(header.input_size)} px",
         num_shards=manifest.num_shards if manifest else None,
         num_ok=manifest.num_ok if manifest else None,
         num_views=manifest.num_views if manifest else None,

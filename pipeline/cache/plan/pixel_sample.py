@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
@@ -16,14 +17,14 @@ from pipeline.models import load_untrained
 from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.shard_head import first_images
 from pipeline.tasks import task_of
-from schemas.config import Config, Interpolation
+from schemas.config import Config, Interpolation, Size, height_width
 
 _NUM_IMAGES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    size: int
+    size: Size
     interpolation: Interpolation
 
 
@@ -38,13 +39,13 @@ def sample_pixels(inputs: PlanInputs) -> PlanInputs:
         return inputs
     view = _view_of(inputs)
     if plan.jpeg_quality is None:
-        return replace(inputs, pixels=PlannedPixels(3 * view.size**2))
+        return replace(inputs, pixels=PlannedPixels(3 * prod(height_width(view.size))))
     return replace(inputs, pixels=_encode_some(inputs, view, plan.jpeg_quality))
 
 
 def _view_of(inputs: PlanInputs) -> _View:
     if inputs.header is not None:
-        return _View(int(inputs.header.teacher["size"]), inputs.header.teacher["interpolation"])
+        return _View(inputs.header.input_size, inputs.header.teacher["interpolation"])
     config: Config = inputs.config
     spec = load_untrained(config.teacher, widths=task_of(config.data).widths, size=config.views.size).input
     return _View(spec.size, spec.interpolation)

@@ -48,7 +48,7 @@ class ShardImages:
             shard_id=self.index.shard_id,
             plan=self.plan,
             block=block,
-            size=int(teacher["size"]),
+            size=self.header.input_size,
             interpolation=teacher["interpolation"],
             task=self.index.task,
             max_pixels=int(self.header.data["max_pixels"]),

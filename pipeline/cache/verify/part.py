@@ -40,7 +40,7 @@ from pipeline.shards.decode import BadImageError
 from pipeline.shards.index import ShardIndex
 from pipeline.tasks import Recount
 from schemas.cache_format import PIXEL_HASH, PIXELS, Commit, Header, Output, aug_param_columns, part_schema
-from schemas.config import ViewsConfig
+from schemas.config import Size, ViewsConfig
 
 Columns = dict[str, NDArray[Any]]
 """Column name to [N], over the ok rows of a shard in tar order."""
@@ -82,19 +82,21 @@ class ReplayedShard:
     """The columns that a plan gives the ok rows of a shard."""
 
     plan: ViewsConfig
+    size: Size
     index: ShardIndex
     keys_N2: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, plan: ViewsConfig, index: ShardIndex) -> ReplayedShard:
-        return cls(plan, index, sample_keys(plan.seed, index.sample_ids(index.ok)))
+    def of(cls, plan: ViewsConfig, size: Size, index: ShardIndex) -> ReplayedShard:
+        """``size``: of the teacher's input."""
+        return cls(plan, size, index, sample_keys(plan.seed, index.sample_ids(index.ok)))
 
     def columns(self, view: int) -> Columns:
         """Box, flip, mixing and the augmentation parameters of a view."""
         ok, ordinal_N = self.index.ok, np.arange(self.index.num_ok, dtype=np.int32)
         widths_N, heights_N = (side[ok].astype(np.int64) for side in (self.index.width, self.index.height))
         if view == EVAL_VIEW:
-            params, partner_N = eval_params(self.plan, widths_N, heights_N), ordinal_N
+            params, partner_N = eval_params(self.plan, widths_N, heights_N, self.size), ordinal_N
         else:
             params = view_params(self.plan, self.keys_N2, np.full(len(ok), view, np.int64), widths_N, heights_N)
             mixes = self.plan.mixes
@@ -307,7 +309,7 @@ class PartCheck:
         ):
             return
         digests: list[bytes | None] = table["pixel_digest"].to_pylist()
-        size, pixels = int(self._header.teacher["size"]), self._header.pixels or "none"
+        size, pixels = self._header.input_size, self._header.pixels or "none"
         correct_M = [
             digest is None or _digest_of(data.to_pybytes(), pixels, size) == digest
             for data, digest in zip(stored, digests, strict=True)
@@ -316,7 +318,7 @@ class PartCheck:
         self._check_rows(what, view, rows, np.array(correct_M, np.bool_))
 
 
-def _digest_of(data: bytes, pixels: str, size: int) -> bytes | None:
+def _digest_of(data: bytes, pixels: str, size: Size) -> bytes | None:
     """Of the pixels of a stored view; None: its bytes are no such view."""
     try:
         return pixel_digest(decode_view(data, pixels=pixels, size=size))

@@ -69,7 +69,9 @@ def check_shard(
     check = _ShardCheck(cache_url, records, [commit.decompress() for commit in commits])
     index = check.read_index()
     plan = records.plan
-    replayed = None if plan is None or index is None else ReplayedShard.of(plan, index)
+    replayed = None
+    if records.header is not None and plan is not None and index is not None:
+        replayed = ReplayedShard.of(plan, records.header.input_size, index)
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as decoders:
         images = check.open_images(index, shard_url, decoders)
         for commit in check.commits:

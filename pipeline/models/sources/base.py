@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from pipeline.core.errors import ConfigError, ModelError, StillroomError, cause
-from schemas.config import ModelConfig, Triple
+from schemas.config import ModelConfig, Size, Triple
 
 if TYPE_CHECKING:
     from pipeline.models.text_head import TextHead
@@ -63,7 +63,7 @@ class BuildRequest:
     where: str
     read: Callable[[], WeightsFile] | None = None
     skips_weights: bool = False
-    likely_size: int | None = None
+    likely_size: Size | None = None
     head: Literal["task", "none", "published"] = "task"
     text_head: TextHead | None = None
 
@@ -101,7 +101,7 @@ class BuildRequest:
     def build(self) -> BuiltModel:
         return self.source(self)
 
-    def without_weights(self, likely_size: int | None) -> BuildRequest:
+    def without_weights(self, likely_size: Size | None) -> BuildRequest:
         """The same network without the values of its weights."""
         return replace(self, read=None, skips_weights=True, likely_size=likely_size)
 
@@ -110,7 +110,7 @@ class BuildRequest:
 class DeclaredInput:
     """The input that a network declares; None where it declares nothing. ``size``: height and width in pixels."""
 
-    size: int | None = None
+    size: Size | None = None
     mean: Triple | None = None
     std: Triple | None = None
     interpolation: str | None = None

@@ -21,6 +21,7 @@ from pipeline.models.sources.base import (
     refuse_untrained_head,
     unknown_name,
 )
+from schemas.config import size_of
 
 # checkpoint_path and the pretrained_cfg family load files that no sha256 covers.
 _RESERVED = frozenset(
@@ -145,7 +146,7 @@ def _declared_input(network: nn.Module, kwargs: dict[str, Any]) -> DeclaredInput
     img_size = kwargs.get("img_size")
     config = resolve_model_data_config(network, args={"img_size": img_size} if isinstance(img_size, int) else None)
     return DeclaredInput(
-        size=config["input_size"][-1],
+        size=size_of(img_size) if isinstance(img_size, list | tuple) else config["input_size"][-1],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         interpolation=config["interpolation"],

@@ -115,7 +115,10 @@ def _arguments(
 def _image_size(request: BuildRequest, published: models.WeightsEnum, file: WeightsFile | None) -> int | None:
     """The input size of a ViT's position embedding [1,1+N,D], in pixels; None for the default of the constructor."""
     if file is None:
-        return published.meta["min_size"][0] if request.config.weights == "pretrained" else request.likely_size
+        if request.config.weights == "pretrained":
+            return published.meta["min_size"][0]
+        # Its ViTs take squares alone.
+        return request.likely_size if isinstance(request.likely_size, int) else None
     positions = [tensor for name, tensor in file.state.items() if name.endswith("encoder.pos_embedding")]
     patches = [tensor for name, tensor in file.state.items() if name.endswith("conv_proj.weight")]
     if len(positions) != 1 or len(patches) != 1 or positions[0].ndim != 3 or patches[0].ndim != 4:

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from pipeline.student.data.batch_summary import Summarised
 from pipeline.student.data.teacher_outputs import TeacherOutputs
-from schemas.config import Interpolation
+from schemas.config import Interpolation, Size
 
 _ALIGNED_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class InputSize:
-    """A square input, in pixels, and the interpolation that resizes a view to it."""
+    """An input, in pixels, and the interpolation that resizes a view to it."""
 
-    size: int
+    size: Size
     interpolation: Interpolation
 
 

@@ -57,7 +57,8 @@ class StepDataset(Dataset[Batch]):
         order.lanes_of(rank, world_size)
         self.source, self.order = source, order
         self.rank, self.world_size = rank, world_size
-        self.student, self.student_views = student, student_views
+        self.student = student
+        self.student_views = student_views and student_views.model_copy(update={"size": student.size})
         # All networks with the same input share one rendering.
         shared = () if student_views is not None else (student,)
         self.teachers = tuple(size for size in dict.fromkeys(teachers) if size not in shared)
@@ -169,7 +170,7 @@ class _RowViews:
         return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.aug_params)
 
     def render(self, image_CHW: Tensor, row: int, target: InputSize, quality: int | None) -> Tensor:
-        """uint8 [3,size,size]; the box is in pixels of the original, so any size shows the same crop."""
+        """uint8 [3,H,W]; the box is in pixels of the original, so any size shows the same crop."""
         box, flip, aug_params = self.boxes[row], self.flips[row], aug_params_row(self.aug_params, row)
         size, interpolation = target.size, target.interpolation
         return render_view(image_CHW, box, flip, aug_params, quality=quality, size=size, interpolation=interpolation)[0]

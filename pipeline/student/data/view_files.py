@@ -71,7 +71,7 @@ class ViewFiles:
         # All caches hold the views of the first, but not all may store their pixels.
         self.first = stored[0] if stored else 0
         header = caches[self.first].header
-        self.pixels, self._size = header.pixels, int(header.teacher["size"])
+        self.pixels, self._size = header.pixels, header.input_size
         self._opened = Memo(self._open, max_open(len(caches)), _OpenView.close)
 
     def get(self, shard: int, view: int) -> tuple[JoinedRows, ...]:
@@ -84,7 +84,7 @@ class ViewFiles:
         return self._opened[shard, view].rows
 
     def stored_view(self, shard: int, view: int, byte_range: tuple[int, int, int], *, sample_id: str) -> Tensor:
-        """uint8 [3,size,size]: the view at one of ``SampleRows.pixel_ranges``, verified to be the stored one.
+        """uint8 [3,H,W]: the view at one of ``SampleRows.pixel_ranges``, verified to be the stored one.
 
         Raises:
             CacheError: its bytes are other ones, or do not decode.

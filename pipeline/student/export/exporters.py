@@ -20,6 +20,7 @@ from pipeline.models.sources.torchvision import input_transform
 from pipeline.student.evaluation.loaded_run import CheckpointName, LoadedRun, load_run
 from pipeline.student.export.graphs import StudentGraph, check_onnx_packages, write_onnx, write_pt2
 from pipeline.student.run import checkpoint
+from schemas.config import height_width
 
 ExportFormat = Literal["safetensors", "pt2", "onnx"]
 _GRAPHS: dict[ExportFormat, Callable[[StudentGraph, Path, Mapping[str, str]], float]] = {
@@ -145,14 +146,15 @@ def _check_finished(run_url: str) -> None:
 def _metadata(run: LoadedRun, run_url: str, checkpoint_name: str, *, with_normalization: bool) -> dict[str, str]:
     """The metadata of every format: text by name, lists and maps as JSON."""
     student, size = run.student, run.student.input.size
+    height, width = height_width(size)
     kind = "uint8 RGB" if with_normalization else "float32 RGB, of [0,1] less mean, over std"
     return {
         "model": str(student.architecture["model"]),
         "kwargs": json.dumps(student.architecture["kwargs"]),
         "num_classes": json.dumps(student.architecture["num_classes"]),
         **_heads(run),
-        "input": f"{kind}, [N,3,{size},{size}]",
-        "size": str(size),
+        "input": f"{kind}, [N,3,{height},{width}]",
+        "size": json.dumps(size),
         "interpolation": student.input.interpolation,
         "mean": json.dumps(list(student.input.mean)),
         "std": json.dumps(list(student.input.std)),

@@ -18,6 +18,7 @@ from pipeline.augment.pixels import to_input
 from pipeline.core.errors import ConfigError, ModelError, cause
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.tasks import EMBEDDING
+from schemas.config import height_width
 
 TOLERANCE = 1e-4
 """Largest difference of a graph's output from the network's, relative to its largest number: backends reorder sums."""
@@ -57,7 +58,7 @@ class StudentGraph(nn.Module):
 
     def noise(self, count: int) -> Tensor:
         """Random input, the same at every call."""
-        shape, generator = (count, 3, self.size, self.size), torch.Generator().manual_seed(count)
+        shape, generator = (count, 3, *height_width(self.size)), torch.Generator().manual_seed(count)
         if self.normalizes:
             return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         return torch.randn(shape, generator=generator)

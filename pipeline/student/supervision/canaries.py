@@ -107,8 +107,8 @@ def _drift_error(cache: TeacherCache, drifts: Mapping[str, int], compared: int) 
 def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int) -> tuple[int, dict[str, int]]:
     """How many canaries the shard has, and by how many levels some differ, by their sample ids."""
     proofs = source.pixel_proofs(shard, 0)[number]
-    teacher = source.caches[number].header.teacher
-    size, interpolation = int(teacher["size"]), teacher["interpolation"]
+    header = source.caches[number].header
+    size, interpolation = header.input_size, header.teacher["interpolation"]
     ordinals = [row for row, digest in enumerate(proofs.digests) if digest is not None]
     rows = source.rows(shard, np.array(ordinals, np.int32), 0)
     drifts: dict[str, int] = {}

@@ -8,9 +8,9 @@ from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import redact
 from pipeline.models import InputSpec
-from schemas.config import ViewsConfig
+from schemas.config import Size, ViewsConfig, size_json, size_text
 
-Input = tuple[int, str]
+Input = tuple[Size, str]
 """Size in pixels and interpolation."""
 
 
@@ -22,7 +22,7 @@ def cache_inputs(caches: Sequence[TeacherCache]) -> dict[str, Input]:
     """The input of the teacher of each cache."""
     return {
         f"the teacher of {redact(cache.url)}": (
-            int(cache.header.teacher["size"]),
+            cache.header.input_size,
             cache.header.teacher["interpolation"],
         )
         for cache in caches
@@ -48,10 +48,11 @@ def check_same_input(plan: ViewsConfig, inputs: Mapping[str, Input]) -> None:
         where="views.pixels",
         got=f"{name}: {_text(got)}",
         expected=f"{_text(expected)}, as {first}",
-        next_step=f"set student.size={expected[0]} and student.interpolation={expected[1]}, build a cache at the "
-        "student's size and interpolation, or build one with views.pixels=none, which needs the shards in training",
+        next_step=f"set student.size={size_json(expected[0])} and student.interpolation={expected[1]}, build a "
+        "cache at the student's size and interpolation, or build one with views.pixels=none, which needs the shards in "
+        "training",
     )
 
 
 def _text(network: Input) -> str:
-    return f"{network[0]} pixels, {network[1]}"
+    return f"{size_text(network[0])} pixels, {network[1]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from pipeline.cache.format.header import plan_of, views_id
@@ -20,7 +21,7 @@ from pipeline.student.run import checkpoint
 from pipeline.student.supervision.pixel_inputs import cache_inputs, check_same_input
 from pipeline.tasks import DOMAIN, task_of
 from schemas.cache_format import Moments
-from schemas.config import Config, DataConfig, StudentConfig, ViewsConfig
+from schemas.config import Config, DataConfig, Size, StudentConfig, ViewsConfig, height_width, size_json, size_text
 
 _TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation", "tokens_layer")
 
@@ -43,7 +44,7 @@ class SupervisionSpec:
     data: DataConfig
     plan: ViewsConfig
     student_views: ViewsConfig | None
-    size: int | None
+    size: Size | None
     caches: tuple[TeacherCache, ...]
     means_caches: tuple[TeacherCache | None, ...] = ()
     moments_caches: tuple[TeacherCache | None, ...] = ()
@@ -117,7 +118,7 @@ def spec_of_caches(
     views_in_use(caches, data)
     # All caches have the same views, classes and reading rules.
     first = caches[0]
-    sizes = [int(cache.header.teacher["size"]) for cache in caches]
+    sizes = [cache.header.input_size for cache in caches]
     data, plan = _data_of(data, first), _plan_of(caches)
     check_same_input(plan, cache_inputs(caches))
     _check_one_size(sizes, student)
@@ -125,7 +126,7 @@ def spec_of_caches(
         data=data,
         plan=plan,
         student_views=None,
-        size=min(sizes),
+        size=min(sizes, key=_num_pixels),
         caches=caches,
     )
 
@@ -217,21 +218,25 @@ def _moments_of(config: Config, cache: TeacherCache, number: int) -> Moments:
     return record
 
 
-def teacher_sizes(config: Config) -> list[int | None]:
+def teacher_sizes(config: Config) -> list[Size | None]:
     """Input sizes of the online teachers in pixels, from the config; None: the model's default."""
     return [config.views.size, *(other.size or config.views.size for other in config.teacher.others)]
 
 
-def _check_one_size(sizes: Sequence[int | None], student: StudentConfig | None) -> None:
-    distinct_sizes = sorted({size for size in sizes if size is not None})
+def _num_pixels(size: Size) -> int:
+    return prod(height_width(size))
+
+
+def _check_one_size(sizes: Sequence[Size | None], student: StudentConfig | None) -> None:
+    distinct_sizes = sorted({size for size in sizes if size is not None}, key=_num_pixels)
     if len({*sizes}) > 1 and (student is None or student.size is None):
         raise ConfigError(
             "the teachers have different input sizes, so the student needs a size",
             code="config.student-size-unclear",
             where="student.size",
-            got=f"teachers of {', '.join(map(str, distinct_sizes))} pixels"
+            got=f"teachers of {', '.join(map(size_text, distinct_sizes))} pixels"
             + (" and a model's default" if None in sizes else ""),
-            next_step=f"set student.size={distinct_sizes[0]}, or any other",
+            next_step=f"set student.size={size_json(distinct_sizes[0])}, or any other",
         )
 
 
@@ -250,9 +255,10 @@ def _check_same_task(config: Config, cache: TeacherCache) -> None:
 
 def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) -> None:
     """A cache has its own views, and would silently override those of a views section."""
+    unused = {"size"} if plan.box_size is None else set[str]()
     _require_same(
         plan.model_dump(mode="json"),
-        config.views.model_dump(mode="json", include=config.views.model_fields_set - {"count", "size"}),
+        config.views.model_dump(mode="json", include=config.views.model_fields_set - {"count", *unused}),
         what="the views of this config are not those of the cache",
         code="cache.other-views",
         where=redact(cache.url),

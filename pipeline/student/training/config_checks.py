@@ -35,7 +35,7 @@ from pipeline.student.supervision.tokens import check_token_keys, token_requests
 from pipeline.student.supervision.two_classes import check_two_classes
 from pipeline.student.training.teacher_checks import check_standardized, check_teacher_keys
 from pipeline.tasks import task_of
-from schemas.config import Config, DataConfig, ViewsConfig
+from schemas.config import Config, DataConfig, Size, ViewsConfig
 
 _LOOK_UPS = 16
 # A teacher's outputs depend on these keys and the input size.
@@ -334,7 +334,7 @@ def check_plan(config: Config) -> None:
         check_standardized(config, loss)
 
 
-def _check_student(config: Config, data: DataConfig, size: int | None) -> LoadedModel:
+def _check_student(config: Config, data: DataConfig, size: Size | None) -> LoadedModel:
     assert config.student is not None
     loaded = load_model(
         config.student,

@@ -155,16 +155,16 @@ def test_jitter_is_applied_in_the_stored_order() -> None:
         assert torch.equal(jittered(view, order, **columns), expected)
 
 
-def source_point(name: str, magnitude: float, x: float, y: float, size: int) -> tuple[float, float]:
+def source_point(name: str, magnitude: float, x: float, y: float, height: int, width: int) -> tuple[float, float]:
     match name:
         case "shear_x":
             return x + magnitude * y, y
         case "shear_y":
             return x, y + magnitude * x
         case "translate_x":
-            return x - magnitude * size, y
+            return x - magnitude * width, y
         case "translate_y":
-            return x, y - magnitude * size
+            return x, y - magnitude * height
         case _:
             sine, cosine = math.sin(math.radians(magnitude)), math.cos(math.radians(magnitude))
             return cosine * x - sine * y, sine * x + cosine * y
@@ -178,16 +178,16 @@ GEOMETRY = [
 ]
 
 
-@pytest.mark.parametrize("size", [8, 15])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (15, 15), (9, 14)])
 @pytest.mark.parametrize(("name", "magnitude"), GEOMETRY)
-def test_geometry_takes_the_pixel_at_each_source_point(name: str, magnitude: float, size: int) -> None:
-    view = picture(size)
+def test_geometry_takes_the_pixel_at_each_source_point(name: str, magnitude: float, height: int, width: int) -> None:
+    view = picture(15)[:, :height, :width]
     moved = op(view, name, magnitude).tolist()
     pixels = view.tolist()
-    for row, column in np.ndindex(size, size):
-        x, y = source_point(name, magnitude, column + 0.5 - size / 2, row + 0.5 - size / 2, size)
-        source_row, source_column = math.floor(y + size / 2), math.floor(x + size / 2)
-        inside = 0 <= source_row < size and 0 <= source_column < size
+    for row, column in np.ndindex(height, width):
+        x, y = source_point(name, magnitude, column + 0.5 - width / 2, row + 0.5 - height / 2, height, width)
+        source_row, source_column = math.floor(y + height / 2), math.floor(x + width / 2)
+        inside = 0 <= source_row < height and 0 <= source_column < width
         for channel in range(3):
             expected = pixels[channel][source_row][source_column] if inside else 128
             assert moved[channel][row][column] == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -77,6 +78,22 @@ def test_eval_side_is_rounded_half_to_even() -> None:
     plan = ViewsConfig(kind="eval", crop_fraction=0.5)
     params = eval_params(plan, np.array([5, 7, 500, 1]), np.array([9, 7, 375, 80]))
     assert params.box_N4.tolist() == [[1, 3, 2, 2], [1, 1, 4, 4], [156, 93, 188, 188], [0, 39, 1, 1]]
+
+
+@given(SIDE, SIDE, st.integers(1, 400), st.integers(1, 400), st.floats(0.001, 1))
+def test_eval_boxes_of_rectangles_are_centred_and_as_large_as_their_aspect_allows(
+    image_width: int, image_height: int, height: int, width: int, fraction: float
+) -> None:
+    plan = ViewsConfig(kind="eval", crop_fraction=fraction)
+    params = eval_params(plan, np.array([image_width]), np.array([image_height]), (height, width))
+    assert_inside(params, [(image_width, image_height)])
+    ((left, top, box_width, box_height),) = params.box_N4.tolist()
+    scale = fraction * min(Fraction(image_width, width), Fraction(image_height, height))
+    # Rounded to whole pixels, of which there is at least one.
+    assert abs(box_width - max(1, scale * width)) <= 0.5 + 1e-9
+    assert abs(box_height - max(1, scale * height)) <= 0.5 + 1e-9
+    assert 0 <= image_width - box_width - 2 * left <= 1
+    assert 0 <= image_height - box_height - 2 * top <= 1
 
 
 def test_function_matching_has_the_crops_of_kind_crop() -> None:

@@ -41,7 +41,7 @@ from pipeline.student.training.run_log import Report, RunLog
 from pipeline.student.training.setup import prepare
 from pipeline.student.training.trainer import Trainer, train
 from pipeline.student.training.validator import Validator
-from schemas.config import Config, DataConfig, TrainConfig, ViewsConfig
+from schemas.config import Config, DataConfig, TrainConfig, ViewsConfig, height_width
 from tests.pipeline.caches import TinyCache, read_commits, shard_urls
 from tests.tolerances import magnitude_of, network_operations, reordered
 
@@ -94,7 +94,7 @@ def training_error(config: Config, num_steps: float) -> float:
     """The relative distance of two trainings by this config whose sums have other orders: of losses and weights."""
     assert config.student is not None
     loaded = load_model(config.student, widths={"logits": 10}, size=config.views.size, where="student")
-    images_BCHW = torch.zeros(config.train.global_batch_size, 3, loaded.input.size, loaded.input.size)
+    images_BCHW = torch.zeros(config.train.global_batch_size, 3, *height_width(loaded.input.size))
     return reordered(num_steps * network_operations(loaded.module, images_BCHW))
 
 

@@ -122,18 +122,29 @@ def test_the_views_id_depends_on_the_plan_alone() -> None:
         assert views_id(plan) != views_id(plan.model_copy(update=change))
 
 
+def test_the_views_id_has_the_size_of_a_rectangle_where_boxes_depend_on_it() -> None:
+    square, pair, wide, wider = (
+        ViewsConfig.model_validate({"kind": "eval", "size": size}) for size in (16, [16, 16], [16, 32], [16, 48])
+    )
+    assert views_id(square) == views_id(pair) == views_id(ViewsConfig(kind="eval"))
+    assert len({*map(views_id, (square, wide, wider))}) == 3
+    crops = [plan.model_copy(update={"kind": "crop"}) for plan in (square, wide, wider)]
+    assert len({*map(views_id, crops)}) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
         ({"views": {"seed": 1}}, "views.seed: 0 -> 1"),
         ({"views": {"size": 8}}, "teacher.size: 16 -> 8"),
+        ({"views": {"size": [8, 16]}}, "teacher.size: 16 -> [8, 16]"),
         ({"views": {"cutmix": 0.5}}, "views.cutmix: None -> 0.5"),
         ({"teacher": {"precision": "bf16"}}, "teacher.precision: fp32 -> bf16"),
         ({"cache": {"logits": "fp16"}}, "teacher.logits: fp32 -> fp16"),
         ({"data": {"max_pixels": 1000}}, "data.max_pixels: 64000000 -> 1000"),
         ({"data": {"image": "png"}}, "data.image"),
     ],
-    ids=["plan", "size", "option", "precision", "encoding", "limit", "member"],
+    ids=["plan", "size", "rectangle", "option", "precision", "encoding", "limit", "member"],
 )
 def test_a_builder_that_differs_stops_before_it_writes_and_names_the_difference(
     change: dict[str, Any], difference: str, tiny_cache: TinyCache, tiny_config: TinyConfig
