@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from jobs.build_cache import build_cache
 from jobs.cache_derive import average_main, convert_cache, main, merge_main
-from pipeline.cache.verify import verify_cache
+from jobs.cli import app
+from pipeline.cache.format import layout
+from pipeline.cache.verify import compare_with_sources, verify_cache
 from pipeline.core.errors import ConfigError
 from schemas.config import RayConfig
 from tests.errors import raises
 from tests.jobs.conftest import JsonLog, Tree, config_of, files_below
 from tests.pipeline.caches import files
-from tests.waiting import wait_until
+from tests.ranks import forked
 
 INT8 = {"logits": "int8"}
 
@@ -82,16 +85,56 @@ def test_wrong_options_are_refused(cache: Path, tmp_path: Path) -> None:
     assert not Path(new).exists()
 
 
+def run_and_die(arguments: list[str], path: str) -> None:
+    """``stillroom`` with SIGKILL at the moment when a file whose path contains ``path`` is complete under a temporary
+    name, and about to be published."""
+
+    def kill(event: str, names: tuple[Any, ...]) -> None:
+        if event in ("os.rename", "os.link") and path in str(names[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+    app(arguments)
+
+
+def exit_code_of(arguments: list[str], path: str) -> int | None:
+    process = forked().Process(target=run_and_die, args=(arguments, path))
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
 @pytest.mark.slow
-def test_a_killed_command_leaves_no_cache_and_continues_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
-    convert_cache(str(cache), str(tmp_path / "whole"), RayConfig.model_validate({"address": "none"}), encodings=INT8)
-    target = tmp_path / "killed"
-    command = [sys.executable, "-m", "jobs.cli", "cache", "convert", str(cache), str(target), "--logits", "int8"]
-    for num_commits in (1, 7):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        wait_until(lambda: process.poll() is not None or len([*target.glob("commits/*/*.json")]) >= num_commits)  # noqa: B023
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
-    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+@pytest.mark.parametrize(
+    ("command", "sources", "options"),
+    [
+        ("convert", ["cache"], ["{out}", "--logits", "fp16"]),
+        ("merge", ["first", "last"], ["--out", "{out}"]),
+        ("average", ["cache", "int8"], ["--out", "{out}", "--weights", "3,1", "--logits", "int8"]),
+    ],
+)
+def test_a_killed_command_leaves_no_cache_and_continues_to_the_same_bytes(
+    cache: Path, tmp_path: Path, command: str, sources: list[str], options: list[str]
+) -> None:
+    for name, shards in (("first", "digits-{00..01}.tar"), ("last", "digits-{02..03}.tar")):
+        main(str(cache), str(tmp_path / name), [], encodings={}, views=None, shards=shards)
+    main(str(cache), str(tmp_path / "int8"), [], encodings=INT8, views=None, shards=None)
+    urls = [str(tmp_path / name) for name in sources]
+
+    def arguments(out: Path) -> list[str]:
+        return ["cache", command, *urls, *(option.format(out=out) for option in options)]
+
+    whole, target = tmp_path / "whole", tmp_path / "killed"
+    assert CliRunner().invoke(app, arguments(whole)).exit_code == 0
+    for number, folder in enumerate(("parts", "commits"), start=1):
+        assert exit_code_of(arguments(target), f"killed/{folder}/digits-0{number}/v0001") == -signal.SIGKILL
+        finished = {path.stem for path in target.glob(f"commits/digits-0{number}/*.json")}
+        assert finished - {"eval"} == {"v0000-0000"}
+        assert [*target.rglob(".tmp-*")]
+        assert not (target / layout.MANIFEST).exists()
+    assert CliRunner().invoke(app, arguments(target)).exit_code == 0
     # Without the temporary files of killed writers.
-    assert files(str(target)) == files(str(tmp_path / "whole"))
+    assert files(str(target)) == files(str(whole))
+    report = verify_cache(str(target))
+    compare_with_sources(str(target), urls, report)
+    assert report.ok, report.problems
