@@ -18,6 +18,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "crop": {"kind": "crop"},
     "function_matching": {"kind": "function_matching"},
     "repeated": {"kind": "function_matching", "mix_repeat": 2, "cutmix": 0.5},
+    "raw": {"kind": "function_matching", "mix_repeat": 2, "cutmix": 0.5, "pixels": "raw"},
+    "jpeg": {"kind": "crop", "pixels": "jpeg:90"},
     "everything": {
         "kind": "function_matching",
         "size": 32,

@@ -62,8 +62,12 @@ def rows_of(batch: Batch, views: list[int], offsets: list[int]) -> dict[ViewOf, 
     return {
         (sample, views[offset]): {
             "pixels": batch.pixels_BCHW[row],
-            "logits": logits(batch)[row],
-            "norm": batch.teacher_outputs[0].norm_B[row],  # pyright: ignore[reportOptionalSubscript]
+            **{
+                f"{name} of teacher {number}": values[row]
+                for number, outputs in enumerate(batch.teacher_outputs)
+                for name, values in (("logits", outputs.at("logits")), ("norm", outputs.norm_B))
+                if values is not None
+            },
             "label": batch.targets["label"][row],
             "lambda": None if batch.lambda_B is None else batch.lambda_B[row],
             "box": None if batch.cutmix_box_B4 is None else batch.cutmix_box_B4[row],
@@ -86,32 +90,70 @@ def rows_of_epoch(steps: StepDataset, epoch: int) -> dict[ViewOf, dict[str, Any]
     return found
 
 
-@pytest.mark.parametrize("kind", ["crop", "repeated"])
-def test_an_epoch_has_the_rows_of_two_epochs_of_one_view_each(replays: Replay, kind: str) -> None:
-    cache = replays(kind)
-    source, plan = cached_source(cache), cache.config.views
+def assert_same_rows(rows: dict[ViewOf, dict[str, Any]], expected: dict[ViewOf, dict[str, Any]]) -> None:
+    """Bitwise."""
+    assert {*rows} == {*expected}
+    for key, columns in rows.items():
+        assert {*columns} == {*expected[key]}
+        for name, value in columns.items():
+            other = expected[key][name]
+            assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, (key, name)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [["crop"], ["repeated"], ["raw"], ["jpeg"], ["repeated", "raw"], ["raw", "wide"]],
+    ids="+".join,
+)
+def test_an_epoch_has_the_rows_of_two_epochs_of_one_view_each(
+    replays: Replay, wide_caches: Replay, kinds: list[str]
+) -> None:
+    """Also of views that a cache stores, and of several caches, one of which has fewer views."""
+    cache, *others = (wide_caches("repeated") if kind == "wide" else replays(kind) for kind in kinds)
+    source, plan = cached_source(cache, *others), cache.config.views
     single, double = batches(source, plan, 1), batches(source, plan, 2)
     for epoch in (0, NUM_VIEWS // 2 + 1):
-        expected = rows_of_epoch(single, 2 * epoch) | rows_of_epoch(single, 2 * epoch + 1)
         rows = rows_of_epoch(double, epoch)
         assert len(rows) == 2 * NUM_IMAGES
-        assert {*rows} == {*expected}
-        for key, columns in rows.items():
-            for name, value in columns.items():
-                equal = (
-                    torch.equal(value, expected[key][name])
-                    if isinstance(value, Tensor)
-                    else value == expected[key][name]
-                )
-                assert equal, (key, name)
+        assert {f"logits of teacher {number}" for number in range(len(kinds))} <= {*next(iter(rows.values()))}
+        assert_same_rows(rows, rows_of_epoch(single, 2 * epoch) | rows_of_epoch(single, 2 * epoch + 1))
 
 
-@pytest.mark.parametrize("kind", ["crop", "repeated"])
+def test_stored_views_are_those_that_are_rendered(replays: Replay) -> None:
+    """Of raw pixels, whose views are the same; also where the pixels are those of the second cache."""
+    rendered, stored = replays("repeated"), replays("raw")
+    plan = rendered.config.views
+    expected = epoch_of(batches(cached_source(rendered), plan, 2), 1)
+    for caches in ([stored], [rendered, stored]):
+        source = cached_source(*caches)
+        assert source.stores_views
+        found = epoch_of(batches(source, plan, 2), 1)
+        assert_same([replace(batch, teacher_outputs=batch.teacher_outputs[:1]) for batch in found], expected)
+
+
+@pytest.mark.parametrize("kinds", [["crop"], ["repeated"], ["raw", "wide"]], ids="+".join)
+def test_two_ranks_have_the_rows_of_one(replays: Replay, wide_caches: Replay, kinds: list[str]) -> None:
+    """The last step is short, and a rank may have no row of it."""
+    cache, *others = (wide_caches("repeated") if kind == "wide" else replays(kind) for kind in kinds)
+    source, plan = cached_source(cache, *others), cache.config.views
+    alone = batches(source, plan, 2)
+    ranks = [batches(source, plan, 2, rank=rank, world_size=2) for rank in range(2)]
+    for epoch in (0, 1):
+        first, second = (rows_of_epoch(steps, epoch) for steps in ranks)
+        assert not {*first} & {*second}
+        assert_same_rows(first | second, rows_of_epoch(alone, epoch))
+        for whole, *shares in zip(*(epoch_of(steps, epoch) for steps in (alone, *ranks)), strict=True):
+            assert whole.sample_ids == [sample for share in shares for sample in share.sample_ids]
+            assert {share.num_rows_global for share in shares} == {whole.num_rows}
+
+
+@pytest.mark.parametrize("kind", ["crop", "repeated", "jpeg"])
 @pytest.mark.parametrize("world_size", [1, slow(2)])
 def test_parity_batches_of_cached_and_online_views_are_bitwise_equal(
     replays: Replay, tmp_path: Path, kind: str, world_size: int
 ) -> None:
-    cache, size = replays(kind), InputSize(11, "bilinear")
+    # The student of stored views has their size.
+    cache, size = replays(kind), InputSize(16 if kind == "jpeg" else 11, "bilinear")
     plan, sampled = cache.config.views, indexed_source(cache.config, tmp_path)
     for rank in range(world_size):
         keys: dict[str, Any] = {"rank": rank, "world_size": world_size, "student": size}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,19 @@ def test_the_views_of_an_image_are_in_order_at_equal_distances_in_the_batch_of_o
                 assert {*np.diff(at)} <= (
                     {1} if len(views) - at[0] == order.views_per_image else {order.images_per_unit}
                 )
+
+
+@given(cases())
+@LAW
+def test_steps_show_the_images_of_a_training_on_one_view_in_its_order(case: Case) -> None:
+    """Of batches of as many images."""
+    order, k = case.order, case.order.views_per_image
+    single = replace(order, views_per_image=1, global_batch_size=order.global_batch_size // k)
+    assert single.num_steps == order.num_steps
+    epoch, expected = case.fresh, single.epoch(case.epoch, case.view)
+    for step in range(order.num_steps):
+        images = [(shard, row) for shard, row, view in batch_of_views(epoch, step, case.world_size) if view == 0]
+        assert images == global_batch(expected, step, 1)
 
 
 @given(cases(), st.data())

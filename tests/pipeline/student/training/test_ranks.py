@@ -90,7 +90,7 @@ def test_two_ranks_train_as_one_process(replays: Replay, wide_caches: Replay, tm
     """Plain SGD, so that weights differ as gradients do. The last step of an epoch has three rows: two for one rank,
     one for the other. One validation shard, so that one rank evaluates nothing. ``resumed`` was started by one
     process, no loss of ``untrained-head`` reads its logits, and ``two-teachers`` has two teachers with different input
-    sizes."""
+    sizes. ``several-views`` has two views of each image in a batch."""
     base = replays("function_matching").config
     shards = base.data.shards
     assert shards is not None
@@ -114,6 +114,10 @@ def test_two_ranks_train_as_one_process(replays: Replay, wide_caches: Replay, tm
     caches = replays("function_matching"), wide_caches("function_matching")
     train(online(tmp_path / "two-teachers-alone", *caches, **keys))
     two.append(online(tmp_path / "two-teachers", *caches, **keys, **ranks))
+    # As many steps: twice the rows, in batches of twice the size.
+    several = {**compared, "train": {**compared["train"], "views_per_image": 2, "global_batch_size": 16}}
+    train(run_config(replays("repeated").config, tmp_path / "several-views-alone", **several))
+    two.append(run_config(replays("repeated").config, tmp_path / "several-views", **several, **ranks))
     tokens = {
         **keys,
         "loss": [{"name": "token_cosine", "student_layer": "conv1"}, {"name": "token_mse", "student_layer": "conv2"}],
@@ -126,7 +130,7 @@ def test_two_ranks_train_as_one_process(replays: Replay, wide_caches: Replay, tm
     normalised["train"] = {**keys["train"], "global_batch_size": 12}
     train_with_two_ranks([*two, run_config(base, tmp_path / "normalised", **normalised, **ranks)], tmp_path)
 
-    names = ("untrained-head", "two-teachers", "tokens", "gathered")
+    names = ("untrained-head", "two-teachers", "tokens", "several-views", "gathered")
     pairs = {"resumed": "alone"} | {name: f"{name}-alone" for name in names}
     for name, alone_name in pairs.items():
         error = ulps(10 * STEEP) if name == "gathered" else training_error(alone, 10)
