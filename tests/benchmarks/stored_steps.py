@@ -1,8 +1,10 @@
 """A training step from stored views against a step with labels alone, which decodes photographs.
 
-``mobilenetv3_small_050`` with two loader processes that share the processor with the student. A block starts a loader,
-takes a few batches, then times whole steps. S is the student's processor time per image, c the loader's, both of the
-same round. Where loader and student share the processor, (S + c_stored) / (S + c_label) is the limit of the ratio.
+``mobilenetv3_small_050`` on two ranks with one thread and one loader process each, so that on two cores students and
+loaders share the processors. A block starts the loaders, takes a few batches, then times whole steps.
+
+S is the processor time of the student's step per image, the reduction of gradients included, c that of the loader, both
+of rank 0 and of the same round. What shares its processors takes at best (S + c_stored) / (S + c_label) of the time.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from jobs.build_cache import build_cache
 from jobs.index_shards import index_shards
@@ -26,16 +29,17 @@ from schemas.config import Config
 from tests.benchmarks.peers import cpu_seconds, photographs
 from tests.benchmarks.timing import Spread, random_resnet, ratio
 from tests.pipeline.student.runs import trainer_of
+from tests.ranks import group, run_two_ranks
 
-SIZES, WORKERS, BATCH, ROUNDS = (128, 224), 2, 32, 7
+SIZES, RANKS, BATCH, ROUNDS = (128, 224), 2, 32, 7
 WARM_UP, STEPS, LOADED_STEPS = 6, 24, 64
 """Batches that a block takes before it is timed: more than the loader processes prepare ahead; steps that it times."""
 _LABELS, _STORED = "labels", "stored"
+Seconds = dict[str, list[float]]
 
 
 def run() -> None:
     threads = torch.get_num_threads()
-    retain_freed_memory()
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             _compare(Path(folder), size)
@@ -62,7 +66,7 @@ def _config(folder: Path, shards: list[str], size: int, mode: str) -> Config:
             "cache": {"url": f"{folder}/cache", "logits": "fp16"},
             "student": {"model": "timm/mobilenetv3_small_050", "weights": "random", "interpolation": "bilinear"},
             "loss": [{"name": "kd"}] if is_cached else [{"name": "ce"}],
-            "train": {"epochs": 1000, "global_batch_size": BATCH, "num_workers": WORKERS},
+            "train": {"epochs": 1000, "global_batch_size": RANKS * BATCH, "num_workers": 1},
             "run": {"url": f"{folder}/{mode}"},
             "ray": {"address": "none"},
         }
@@ -74,23 +78,31 @@ def _compare(folder: Path, size: int) -> None:
     configs = {mode: _config(folder, shards, size, mode) for mode in (_LABELS, _STORED)}
     build_cache(configs[_STORED])
     index_shards(configs[_LABELS], f"{folder}/index")
-    torch.set_num_threads(1)
-    trainers = {mode: trainer_of(config) for mode, config in configs.items()}
-    wall: dict[str, list[float]] = {mode: [] for mode in trainers}
-    cpu: dict[str, list[float]] = {name: [] for name in ("S", *trainers)}
-    for number in range(ROUNDS):
-        # Forwards and backwards in turn, so that no mode always follows the same one.
-        for mode, trainer in [*trainers.items()][:: 1 if number % 2 else -1]:
-            wall[mode].append(_wall_of_steps(trainer) / STEPS / BATCH)
-            cpu[mode].append(_cpu_of(lambda trainer=trainer: _load(trainer)) / LOADED_STEPS / BATCH)
-        cpu["S"].append(_cpu_of(lambda: _train_on_one_batch(trainers[_LABELS])) / STEPS / BATCH)
+    wall, cpu = run_two_ranks(_measure, folder, configs)
     _report(size, wall, cpu)
-    for trainer in trainers.values():
-        trainer.setup.close()
+
+
+def _measure(rendezvous: Path, rank: int, configs: dict[str, Config]) -> tuple[Seconds, Seconds]:
+    """Wall time of steps by mode and processor time by what takes it, in seconds per image, one value a round."""
+    retain_freed_memory()
+    with group(rendezvous, rank) as distributed:
+        trainers = {mode: trainer_of(config, distributed) for mode, config in configs.items()}
+        torch.set_num_threads(1)
+        wall: Seconds = {mode: [] for mode in trainers}
+        cpu: Seconds = {name: [] for name in ("S", *trainers)}
+        for number in range(ROUNDS):
+            # Forwards and backwards in turn, so that no mode always follows the same one.
+            for mode, trainer in [*trainers.items()][:: 1 if number % 2 else -1]:
+                wall[mode].append(_wall_of_steps(trainer) / STEPS / BATCH / RANKS)
+                cpu[mode].append(_cpu_of(lambda trainer=trainer: _load(trainer)) / LOADED_STEPS / BATCH)
+            cpu["S"].append(_cpu_of(lambda: _train_on_one_batch(trainers[_LABELS])) / STEPS / BATCH)
+        for trainer in trainers.values():
+            trainer.setup.close()
+    return wall, cpu
 
 
 def _batches(trainer: Trainer, steps: int) -> Generator[Batch]:
-    return load_batches(trainer.setup.dataset, range(steps), num_workers=WORKERS, pin_memory=False)
+    return load_batches(trainer.setup.dataset, range(steps), num_workers=1, pin_memory=False)
 
 
 def _wall_of_steps(trainer: Trainer) -> float:
@@ -98,6 +110,7 @@ def _wall_of_steps(trainer: Trainer) -> float:
     with closing(_batches(trainer, 10**6)) as batches:
         for batch in itertools.islice(batches, WARM_UP):
             trainer.train_step(batch)
+        dist.barrier()
         began = time.perf_counter()
         for batch in itertools.islice(batches, STEPS):
             trainer.train_step(batch)
@@ -117,13 +130,14 @@ def _train_on_one_batch(trainer: Trainer) -> None:
 
 
 def _cpu_of(work: Callable[[], None]) -> float:
+    dist.barrier()
     began = cpu_seconds()
     work()
     return cpu_seconds() - began
 
 
-def _report(size: int, wall: dict[str, list[float]], cpu: dict[str, list[float]]) -> None:
-    print(f"  {size} pixels, batches of {BATCH}, {WORKERS} loader processes")
+def _report(size: int, wall: Seconds, cpu: Seconds) -> None:
+    print(f"  {size} pixels, {RANKS} ranks with batches of {BATCH}")
     for name, values in {"S": cpu["S"], "c_label": cpu[_LABELS], "c_stored": cpu[_STORED]}.items():
         print(f"    {name:<9}{Spread.of([value * 1e6 for value in values])} us of processor time an image")
     for mode, values in wall.items():
