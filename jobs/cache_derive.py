@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from jobs.build_cache import sum_in_tasks
-from jobs.observability.log import emit
+from jobs.observability.log import counted, emit
 from jobs.observability.progress import ProgressView
 from jobs.ray.address import announce
 from jobs.ray.cluster import cluster, cpus_only
 from jobs.ray.fan_out import fan_out
 from pipeline import storage
 from pipeline.cache.build.statistics import mean_fidelity
-from pipeline.cache.derive.average import AverageRequest, average
+from pipeline.cache.derive.average import AverageRequest, average, left_out
 from pipeline.cache.derive.convert import convert
-from pipeline.cache.derive.derivation import Item, Run
+from pipeline.cache.derive.derivation import Item, Run, open_source
 from pipeline.cache.derive.merge import merge
+from pipeline.cache.format.header import decoded_from
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.config_loading import build_section, parse_config
 from pipeline.core.errors import ConfigError
@@ -51,7 +53,9 @@ def tasks_of(ray: RayConfig, destination: str, what: str) -> Run:
     def run(work: Callable[[Item], Commit], items: Sequence[Item]) -> Iterator[tuple[Item, Commit]]:
         with ProgressView(what, len(items)) as progress:
             name = partial(_name, redact(destination))
-            for done, result in enumerate(fan_out(work, items, cpus_only(ray), what=f"a {what} task", name=name), 1):
+            for done, result in enumerate(
+                fan_out(work, items, cpus_only(ray), what=f"a cache {what} task", name=name), 1
+            ):
                 yield result
                 progress.update(done, "blocks")
 
@@ -187,6 +191,9 @@ def average_main(
         )
     announce(ray.address)
     shares = [] if weights is None else _weights(weights)
+    for name, count in left_out([open_source(url) for url in sources]).items():
+        text = f"average: left out {name} of {counted(count, 'cache')}"
+        emit(text, event="omitted", level=logging.WARNING, kind=name, count=count)
     report(
         destination_url,
         average_caches(sources, destination_url, ray, weights=shares, temperature=temperature, logits=logits),
@@ -226,18 +233,26 @@ def describe_derived(header: Header, manifest: Manifest) -> str:
 
 
 def _fidelity(header: Header, statistics: Statistics) -> Iterator[str]:
-    means = mean_fidelity(header, statistics)
-    assert header.derived is not None
-    lossy = header.teacher.get("decoded_from", {})
+    means, derived = mean_fidelity(header, statistics), header.derived
+    assert derived is not None
+    temperature = float(header.teacher.get("average", {}).get("temperature") or 1)
+    measured = ("logits",) if derived.kind == "average" else derived.encodings
     for key, name, value in (
-        ("logits", "KL at T = 1, nats", means["kl_nats"].get("1.0")),
+        ("logits", f"KL at T = {temperature:g}, nats", means["kl_nats"].get(str(temperature))),
         ("logits", "argmax flips", means["argmax_flips"]),
         ("embeddings", "embedding cosine", means["embedding_cosine"]),
         ("tokens", "token cosine", means["token_cosine"]),
     ):
-        if key in header.derived.encodings and value is not None:
-            what = f"the decoded {' -> '.join(lossy[key])} outputs" if key in lossy else "the teacher"
-            yield f"{name}: {value:.4g} against {what}"
+        if key in measured and value is not None:
+            yield f"{name}: {value:.4g} against {_unencoded(header, key)}"
+
+
+def _unencoded(header: Header, key: str) -> str:
+    """What the encoding of an output is compared with."""
+    if "average" in header.teacher:
+        return "the mean before it was encoded"
+    kinds = decoded_from(header, key)
+    return f"the decoded {' -> '.join(kinds)} outputs" if kinds else "the teacher"
 
 
 def main(

@@ -63,8 +63,11 @@ def test_an_average_of_a_teacher_with_itself_in_another_encoding_is_of_that_teac
     urls = [str(cache), str(tmp_path / "int8")]
     keys: dict[str, Any] = {"weights": "3,1", "logits": "fp32"}
     average_main(urls, str(tmp_path / "out"), probabilities=True, temperature=2.0, **keys)
-    end = [event for event in json_log() if event["event"] == "end"][-1]
+    events = json_log()
+    end = [event for event in events if event["event"] == "end"][-1]
     assert (end["num_views"], end["num_ok"], end["class_means"]) == (2, 96, None)
+    left_out = {event["kind"]: event["count"] for event in events if event["event"] == "omitted"}
+    assert left_out == {"class means": 2, "eval pass": 2}
     with raises("config.average-temperature"):
         average_main(urls, str(tmp_path / "no"), probabilities=True, temperature=None, **keys)
     with raises("config.average-weights"):

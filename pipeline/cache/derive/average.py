@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from pipeline.cache.derive.derivation import (
     Item,
     Run,
     blocks_of,
+    check_equal,
+    check_several,
     derive,
     fetch,
     manifest_sha256,
@@ -34,7 +37,7 @@ from pipeline.cache.format.codec import config_key, decode, depends_on_temperatu
 from pipeline.cache.format.header import plan_of
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError, ConfigError
-from pipeline.core.hashing import differences, short_digest
+from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
 from pipeline.shards.index import ShardIndex
 from pipeline.tasks import OutputSpec
@@ -89,17 +92,12 @@ def averaged_header(sources: Sequence[TeacherCache], request: AverageRequest) ->
         ConfigError: the weights do not fit.
     """
     _check_request(sources, request)
-    first = sources[0].header
-    for other in sources[1:]:
-        changed = _differences(first, other.header)
-        if changed:
-            raise CacheError(
-                "the outputs of these caches are not of the same views",
-                code="cache.average-differs",
-                where=f"{redact(sources[0].url)} -> {redact(other.url)}",
-                got="; ".join(changed),
-                next_step="build both over the same shards, with one data and one views section",
-            )
+    check_equal(
+        [(cache.url, _compared(cache.header)) for cache in sources],
+        "the outputs of these caches are not of the same views",
+        code="cache.average-differs",
+        next_step="build both over the same shards, with one data and one views section",
+    )
     outputs = [_averaged_output(output, request) for output in _logits_of(sources[0])]
     teacher = _averaged_teacher([cache.header.teacher for cache in sources], request)
     teacher["average"]["fingerprints"] = [cache.header.fingerprint for cache in sources]
@@ -107,7 +105,7 @@ def averaged_header(sources: Sequence[TeacherCache], request: AverageRequest) ->
         np.array(cache.header.probe_logits, np.float64) * (weight / sum(request.weights))
         for cache, weight in zip(sources, request.weights, strict=True)
     ]
-    return first.model_copy(
+    return sources[0].header.model_copy(
         update={
             "teacher": teacher,
             "fingerprint": short_digest(teacher),
@@ -119,23 +117,36 @@ def averaged_header(sources: Sequence[TeacherCache], request: AverageRequest) ->
     )
 
 
-def _differences(first: Header, other: Header) -> list[str]:
-    before, after = (header.model_dump(mode="json", include={*_COMPARED}) for header in (first, other))
-    inputs = [{key: header.teacher[key] for key in _INPUT} for header in (first, other)]
-    return [*differences(before, after), *differences(inputs[0], inputs[1], "teacher.")]
+def _compared(header: Header) -> dict[str, Any]:
+    return {
+        **header.model_dump(mode="json", include={*_COMPARED}),
+        "teacher": {key: header.teacher[key] for key in _INPUT},
+    }
+
+
+def left_out(sources: Sequence[TeacherCache]) -> dict[str, int]:
+    """What the sources have and an average has not, with the number of sources that have it.
+
+    Embeddings of different networks have different axes, and those of one network are in its cache.
+    """
+    counts: Counter[str] = Counter()
+    for cache in sources:
+        averaged = _logits_of(cache)
+        counts.update(output.name for output in cache.header.outputs if output not in averaged)
+        counts["class means"] += cache.manifest.class_means is not None
+        counts["eval pass"] += any(block.is_eval for found in blocks_of(cache).values() for block in found)
+    return {name: count for name, count in counts.items() if count}
 
 
 def _check_request(sources: Sequence[TeacherCache], request: AverageRequest) -> None:
-    if len({cache.url for cache in sources}) < 2 or len(request.weights) != len(sources):
+    check_several([cache.url for cache in sources], "average")
+    if len(request.weights) != len(sources) or not all(0 < weight < np.inf for weight in request.weights):
         raise ConfigError(
-            "an average needs several caches, and one weight for each",
-            code="config.too-few-sources",
-            where="stillroom cache average",
-            got=f"{len(sources)} caches, {len(request.weights)} weights",
-        )
-    if not all(0 < weight < np.inf for weight in request.weights):
-        raise ConfigError(
-            "a weight is not above 0", code="config.average-weights", where="--weights", got=list(request.weights)
+            "these are not one weight above 0 for each cache",
+            code="config.average-weights",
+            where="--weights",
+            got=list(request.weights),
+            expected=f"{len(sources)} numbers",
         )
     for cache in sources:
         outputs = _logits_of(cache)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,8 +40,8 @@ from pipeline.cache.format.codec import row_bytes
 from pipeline.cache.format.files import changed_file, check_sha256, read_file
 from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.core.bounded_parquet import read_bounded
-from pipeline.core.errors import CacheError
-from pipeline.core.hashing import digest
+from pipeline.core.errors import CacheError, ConfigError
+from pipeline.core.hashing import differences, digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.publish import index_name
 from schemas.cache_format import PIXELS, Commit, FileRef, Header, Manifest, ViewBlock
@@ -98,6 +99,34 @@ def open_source(url: str) -> TeacherCache:
             "before cache relabel, derive from that, and relabel the result",
         )
     return cache
+
+
+def check_several(urls: Sequence[str], command: str) -> None:
+    """
+    Raises:
+        ConfigError: there are fewer than two different sources.
+    """
+    if len({*urls}) < 2:
+        raise ConfigError(
+            "this command needs several caches",
+            code="config.too-few-sources",
+            where=f"stillroom cache {command}",
+            got=", ".join(map(redact, urls)),
+            expected="two or more different URLs",
+        )
+
+
+def check_equal(bodies: Sequence[tuple[str, Mapping[str, Any]]], what: str, *, code: str, next_step: str) -> None:
+    """Compares what must be equal in the headers of all sources: (URL, JSON tree) of each.
+
+    Raises:
+        CacheError: two differ; the difference is spelled out.
+    """
+    (first_url, first), *others = bodies
+    for url, body in others:
+        if changed := differences(first, body):
+            where = f"{redact(first_url)} -> {redact(url)}"
+            raise CacheError(what, code=code, where=where, got="; ".join(changed), next_step=next_step)
 
 
 def manifest_sha256(cache: TeacherCache) -> str:

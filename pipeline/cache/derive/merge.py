@@ -15,6 +15,8 @@ from pipeline.cache.derive.derivation import (
     Item,
     Run,
     blocks_of,
+    check_equal,
+    check_several,
     derive,
     manifest_sha256,
     open_source,
@@ -23,8 +25,8 @@ from pipeline.cache.derive.derivation import (
 )
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import read_header
-from pipeline.core.errors import CacheError, ConfigError
-from pipeline.core.hashing import canonical_json, differences, digest
+from pipeline.core.errors import CacheError
+from pipeline.core.hashing import canonical_json, digest
 from pipeline.core.redaction import redact
 from schemas.cache_format import Commit, Derived, FileRef, Header, Manifest, ViewBlock
 
@@ -94,14 +96,7 @@ def merge(
             ones have a shard; or the destination has another cache.
         ConfigError: there are fewer than two sources.
     """
-    if len({*source_urls}) < 2:
-        raise ConfigError(
-            "a merge needs several caches",
-            code="config.too-few-sources",
-            where="stillroom cache merge",
-            got=", ".join(map(redact, source_urls)),
-            expected="two or more different URLs",
-        )
+    check_several(source_urls, "merge")
     sources = [MergeSource.of(url) for url in source_urls]
     header = merged_header(sources)
     _check_disjoint(sources)
@@ -116,19 +111,14 @@ def merged_header(sources: Sequence[MergeSource]) -> Header:
     Raises:
         CacheError: the sources are of different teachers, views, encodings or reading rules.
     """
-    first = sources[0]
-    for other in sources[1:]:
-        before, after = (source.header.model_dump(mode="json", include={*_COMPARED}) for source in (first, other))
-        if changed := differences(before, after):
-            raise CacheError(
-                "these caches are not of one teacher, one views plan and one set of encodings",
-                code="cache.merge-differs",
-                where=f"{redact(first.url)} -> {redact(other.url)}",
-                got="; ".join(changed),
-                next_step="convert one to the encodings of the other, or train from both: data.cache takes a list",
-            )
+    check_equal(
+        [(source.url, source.header.model_dump(mode="json", include={*_COMPARED})) for source in sources],
+        "these caches are not of one teacher, one views plan and one set of encodings",
+        code="cache.merge-differs",
+        next_step="convert one to the encodings of the other, or train from both: data.cache takes a list",
+    )
     derived = Derived(kind="merge", sources=tuple(source.sha256 for source in sources))
-    return first.header.model_copy(update={"derived": derived})
+    return sources[0].header.model_copy(update={"derived": derived})
 
 
 def _check_disjoint(sources: Iterable[MergeSource]) -> None:

@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from pipeline.cache.build.manifest import read_manifest
-from pipeline.cache.derive.average import AverageRequest, average
+from pipeline.cache.derive.average import AverageRequest, average, left_out
 from pipeline.cache.derive.convert import convert
 from pipeline.cache.format import layout
 from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify import compare_with_sources, verify_cache
+from pipeline.shards.writer import pack_shards
 from pipeline.student.training.trainer import train
 from schemas.config import TeacherConfig
 from stillroom import CachedDataset
 from tests.errors import raises
-from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, files
+from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, digit_samples, files
 from tests.pipeline.conftest import tiny_config_of
 from tests.pipeline.heads import build_heads, heads_config
 from tests.pipeline.student.runs import rewrite_view, run_config, set_cell
@@ -69,6 +71,9 @@ def test_the_mean_of_logits_is_the_weighted_one_of_float64(teachers: list[TinyCa
     assert (cache.num_views, cache.header.output("embedding"), cache.manifest.class_means) == (2, None, None)
     assert cache.header.fingerprint not in {read_manifest(source.url)[0].fingerprint for source in teachers}
     assert is_whole(url, teachers)
+    sources = [open_cache(source.url) for source in teachers]
+    assert left_out(sources) == {"embedding": 2, "class means": 2, "eval pass": 2}
+    assert left_out([cache]) == {}
 
 
 def test_hits_are_those_of_the_average(teachers: list[TinyCache], tmp_path: Path) -> None:
@@ -144,8 +149,9 @@ def test_other_pixels_views_or_samples_are_refused(teachers: list[TinyCache], tm
     with raises("cache.average-differs") as caught:
         averaged([teachers[0], TinyCache(cache_section(other).url, other)], tmp_path / "b")
     assert "views.seed: 0 -> 5" in str(caught.value.got)
-    with raises("config.average-weights"):
-        averaged(teachers, tmp_path / "c", weights=(1.0, 0.0))
+    for weights in ((1.0, 0.0), (1.0, 2.0, 3.0)):
+        with raises("config.average-weights", expected="2 numbers"):
+            averaged(teachers, tmp_path / "c", weights=weights)
     with raises("config.too-few-sources"):
         averaged(teachers[:1], tmp_path / "c")
 
@@ -158,3 +164,30 @@ def test_a_repeated_average_continues_to_the_same_bytes(teachers: list[TinyCache
     assert files(averaged(teachers, tmp_path, logits="int8")) == expected
     with raises("cache.other-header"):
         averaged(teachers, tmp_path, logits="int8", weights=(2.0, 1.0))
+
+
+def test_a_shard_without_a_usable_image_has_empty_parts(tmp_path: Path) -> None:
+    """They have the columns of the others; so has a conversion of the average."""
+    samples = [
+        (key, members if row < 3 else {**members, "png": b"bad"}) for row, (key, members) in enumerate(digit_samples(6))
+    ]
+    shards = pack_shards(samples, f"{tmp_path}/digits-%02d.tar", shard_size=3)
+    caches: list[TinyCache] = []
+    for width in (7, 9):
+        sections: dict[str, Any] = {
+            "views": CROPS,
+            "data": {"bad_samples": "skip", "max_bad_share": 1.0},
+            "teacher": {"kwargs": {"depth": 8, "widths": [4, 4, 6, width]}},
+        }
+        config = tiny_config_of(shards, str(tmp_path / f"of-{width}"), sections)
+        build(config)
+        caches.append(TinyCache(cache_section(config).url, config))
+    url = averaged(caches, tmp_path, logits="fp16")
+    assert is_whole(url, caches)
+    convert(url, str(tmp_path / "int8"), encodings={"logits": "int8"})
+    assert verify_cache(str(tmp_path / "int8")).ok
+    for cache in (open_cache(url), open_cache(str(tmp_path / "int8"))):
+        assert [len(cache.view(shard.shard_id, 1).row_N) for shard in cache.shards] == [3, 0]
+        parts = [pq.read_schema(path) for path in sorted(Path(cache.url, "parts").rglob("v*.parquet"))]
+        assert len(parts) == 2
+        assert parts[0].equals(parts[1])
