@@ -207,18 +207,37 @@ def decoding_error(logits_NK: NDArray[np.float32]) -> float:
     return ulps(6, 2 * magnitude_of(logits_NK))
 
 
+def format_snippet() -> dict[str, Any]:
+    """The functions of the code on the page of the format."""
+    page = (ROOT / "docs" / "reference" / "format.md").read_text()
+    snippet = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert snippet is not None
+    names: dict[str, Any] = {}
+    exec(snippet[1], names)
+    return names
+
+
+@pytest.mark.parametrize("embeddings", ["int8", "fp16"])
+def test_the_snippet_of_the_format_computes_logits_from_embeddings(tmp_path: Path, embeddings: str) -> None:
+    shards = pack_shards(digit_samples(12), f"{tmp_path}/digits-%02d.tar", shard_size=12)
+    cache = {"logits": "head", "embeddings": embeddings}
+    build(config_of(tree_below(tmp_path, shards, views={"size": 8, "count": 1}, cache=cache)))
+    opened = open_cache(str(tmp_path / "cache"))
+    (shard,) = opened.shards
+    read = format_snippet()["read_logits"](opened.url, shard.shard_id, 0)
+    columns = opened.view(shard.shard_id, 0)
+    magnitude = np.abs(columns.decoded("embedding")).max() * opened.header.embedding_dim
+    error = ulps(2 * opened.header.embedding_dim + 2, float(magnitude))
+    np.testing.assert_allclose(read, columns.decoded("logits"), rtol=0, atol=error)
+
+
 @pytest.mark.parametrize("logits", ["fp32", "fp16", "int8", "int8t", "int4", "topk:5"])
 def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path, logits: str) -> None:
     shards = pack_shards(digit_samples(12), f"{tmp_path}/digits-%02d.tar", shard_size=7)
     # int8t and int4 want many classes, and an odd number leaves half a byte of int4 over.
     sections = {"data": {"num_classes": 257}, "views": {"size": 8}, "cache": {"logits": logits}}
     build(config_of(tree_below(tmp_path, shards, **sections)))
-    names: dict[str, Any] = {}
-    snippet = re.search(
-        r"^```python\n(.*?)^```", (ROOT / "docs" / "reference" / "format.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert snippet is not None
-    exec(snippet[1], names)
+    names = format_snippet()
     cache = open_cache(str(tmp_path / "cache"))
     output = cache.header.output("logits")
     assert output is not None

@@ -183,6 +183,15 @@ class Heads(Task):
                 expected="fp32, fp16, int8, int8t, int4 or none",
                 next_step="set cache.logits=int8",
             )
+        if cache.logits == "head":
+            raise ConfigError(
+                "logits are computed from the embedding for a single head, and this teacher has several",
+                code="config.head-of-several-heads",
+                where="cache.logits",
+                got=f"{cache.logits}, with data.task: heads",
+                expected="fp32, fp16, int8, int8t, int4, topk:k or none",
+                next_step="set cache.logits=fp16",
+            )
         kinds = {head.output: cache.logits for head in self.entries} | {EMBEDDING: cache.embeddings}
         return tuple(OutputSpec(name, (widths[name],), kind) for name, kind in kinds.items() if name in widths)
 

@@ -17,7 +17,8 @@ class CacheConfig(Section):
     logits: str = Field(
         "auto",
         description="fp32, fp16, int8, int8t, int4, topk:k or none: encoding of the logits; task embedding: none. "
-        "auto: that of an existing cache; of a new one int8t from 256 classes, below that and with several heads fp16.",
+        "auto: that of an existing cache; of a new one int8t from 256 classes, below that and with several heads fp16. "
+        "head: computed from the stored embedding.",
     )
     embeddings: Literal["fp32", "fp16", "int8", "none"] = Field(
         "none", description="Encoding of the penultimate embedding; default of task embedding: fp16."
@@ -38,9 +39,10 @@ class CacheConfig(Section):
     @field_validator("logits")
     @classmethod
     def _check_logits(cls, logits: str) -> str:
-        if not re.fullmatch(r"auto|fp32|fp16|int8|int8t|int4|none|topk:[1-9][0-9]*", logits):
+        if not re.fullmatch(r"auto|fp32|fp16|int8|int8t|int4|head|none|topk:[1-9][0-9]*", logits):
             raise ValueError(
-                f"logits is {logits!r}; expected auto, fp32, fp16, int8, int8t, int4, none or topk:k, such as topk:16"
+                f"logits is {logits!r}; expected auto, fp32, fp16, int8, int8t, int4, head, none or topk:k, such as "
+                "topk:16"
             )
         return logits
 
@@ -48,6 +50,15 @@ class CacheConfig(Section):
     def _check_tokens(self) -> CacheConfig:
         if self.tokens_grid is not None and self.tokens == "none":
             raise ValueError(f"tokens_grid is {self.tokens_grid}, but tokens is none; expected fp32, fp16 or int8")
+        return self
+
+    @model_validator(mode="after")
+    def _check_head(self) -> CacheConfig:
+        if self.logits == "head" and self.embeddings == "none":
+            raise ValueError(
+                "logits is head, which computes logits from stored embeddings, but embeddings is none; expected int8, "
+                "fp16 or fp32"
+            )
         return self
 
     @property

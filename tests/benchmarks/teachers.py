@@ -54,6 +54,12 @@ class BenchTeacher:
         cache = _cache(self, f"{self.name}-{views}", CIFAR / "train-{00000..00001}.tar", _VIEWS[views])
         return np.concatenate([cache.view(shard.shard_id, 0).decoded("logits") for shard in cache.shards])
 
+    def embeddings(self, views: str) -> NDArray[np.float32]:
+        """fp32 [N, D] of the same images."""
+        name = f"{self.name}-{views}-embeddings"
+        cache = _cache(self, name, CIFAR / "train-{00000..00001}.tar", _VIEWS[views], embeddings="fp32")
+        return np.concatenate([cache.view(shard.shard_id, 0).decoded("embedding") for shard in cache.shards])
+
 
 def ten_classes() -> BenchTeacher:
     data = {"shards": f"{CIFAR}/train-{{00000..00009}}.tar", "val_shards": f"{CIFAR}/val-{{00000..00001}}.tar"}

@@ -7,9 +7,10 @@ from functools import lru_cache
 
 from pipeline import storage
 from pipeline.cache.build.encodings import resolve, with_encodings
-from pipeline.cache.build.header_claim import claim, make_header, token_request
+from pipeline.cache.build.header_claim import claim, head_of, make_header, token_request
 from pipeline.cache.build.imported_means import ImportedMeans, read_means, store_means
-from pipeline.cache.format.codec import stored_outputs
+from pipeline.cache.format.codec import LinearHead, stored_outputs
+from pipeline.cache.format.head_file import store_head
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import redact
@@ -31,6 +32,7 @@ class BuildContext:
         header: what this config and this teacher write to a new cache; after ``claimed``, the header of the cache.
         imported: class means from a file, where the config names one.
         gpus: the GPUs that were visible when the teacher was loaded.
+        head: computes the cache's logits from its embeddings, under ``cache.logits: head``.
     """
 
     config: Config
@@ -39,6 +41,7 @@ class BuildContext:
     header: Header
     imported: ImportedMeans | None
     gpus: str | None
+    head: LinearHead | None = None
 
     def claimed(self) -> BuildContext:
         """Claims the cache. Every part does so, because the folder may have been emptied since the last part."""
@@ -131,6 +134,8 @@ def prepare(config: Config) -> tuple[str, ...]:
     context = current_context(config).claimed()
     if context.imported is not None:
         store_means(context.cache.url, context.imported)
+    if context.head is not None:
+        store_head(context.cache.url, context.head)
     return context.teacher.loaded.notes
 
 
@@ -167,5 +172,6 @@ def load_context(config_json: str, stamps: tuple[str, ...]) -> BuildContext:  # 
         imported = read_means(
             cache.class_means_url, num_classes=task.num_classes, embedding_dim=teacher.module.widths[task.embedding]
         )
-    header = make_header(teacher, plan=config.views, cache=cache, data=config.data, imported=imported)
-    return BuildContext(config, cache, teacher, header, imported, gpus=visible_gpus())
+    head = head_of(teacher, cache, config.data)
+    header = make_header(teacher, plan=config.views, cache=cache, data=config.data, imported=imported, head=head)
+    return BuildContext(config, cache, teacher, header, imported, visible_gpus(), head)

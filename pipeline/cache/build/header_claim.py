@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline import storage
 from pipeline.augment.params import sample_keys
@@ -14,8 +15,10 @@ from pipeline.augment.random_bits import philox4x64
 from pipeline.cache.build.commit import CommitSummary, check_fingerprint, is_unused, publish_commit, revoke
 from pipeline.cache.build.encodings import resolve
 from pipeline.cache.build.imported_means import ImportedMeans
+from pipeline.cache.build.linear_head import linear_head
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import stored_outputs
+from pipeline.cache.format.codec import LinearHead, stored_outputs
+from pipeline.cache.format.head_file import head_sha256
 from pipeline.cache.format.header import (
     find_header,
     planned_views,
@@ -25,11 +28,11 @@ from pipeline.cache.format.header import (
     views_id,
 )
 from pipeline.core.errors import CacheError, ModelError
-from pipeline.core.hashing import differences, seal, short_digest, weights_digest
+from pipeline.core.hashing import differences, digest, seal, short_digest, weights_digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.models import LoadedModel, load_untrained
 from pipeline.shards.index import index_settings
-from pipeline.tasks import planned_outputs, task_of
+from pipeline.tasks import OutputSpec, planned_outputs, task_of
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.tokens import TokenPlan, TokenRequest
 from schemas.cache_format import Commit, Header
@@ -50,12 +53,14 @@ def teacher_body(
     cache: CacheConfig,
     class_means: str,
     tokens: TokenPlan | None,
+    head: str | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the teacher's outputs: its hash is the fingerprint.
 
     Args:
         weights: the ``weights_digest``.
         class_means: as the header names them: ``none``, ``eval``, ``view0`` or ``imported:`` with a digest.
+        head: SHA-256 of the file of the linear head, under ``cache.logits: head``.
     """
     spec = loaded.input
     return {
@@ -72,6 +77,7 @@ def teacher_body(
         "views_id": views_id(plan, size=spec.size, interpolation=spec.interpolation),
         # Only with tokens, so that the fingerprints of all other caches stay.
         **({} if tokens is None else _tokens_body(cache, tokens)),
+        **({} if head is None else {"head": head}),
     }
 
 
@@ -94,8 +100,12 @@ def make_header(
     cache: CacheConfig,
     data: DataConfig,
     imported: ImportedMeans | None = None,
+    head: LinearHead | None = None,
 ) -> Header:
     """The header that this config, these weights and these imported class means would write.
+
+    Args:
+        head: ``head_of`` this teacher.
 
     Raises:
         ModelError: the teacher's logits on the probe images are NaN or infinite.
@@ -108,10 +118,10 @@ def make_header(
         cache=cache,
         class_means=cache.class_means if imported is None else imported.mode,
         tokens=teacher.tokens,
+        head=None if head is None else digest(head.to_bytes()),
     )
     task, widths, spec = task_of(data), teacher.module.widths, teacher.loaded.input
-    shape = None if teacher.tokens is None else teacher.tokens.shape
-    specs = planned_outputs(task, cache, widths, tokens=shape)
+    specs = _specs(teacher, cache, data)
     return Header(
         views_id=str(body["views_id"]),
         views=views_body(plan, size=spec.size, interpolation=spec.interpolation),
@@ -126,16 +136,38 @@ def make_header(
     )
 
 
-def _probe(teacher: Teacher, name: str) -> NDArray[np.float32]:
-    """An output for four fixed noise images, [4,…]: it shows that the model changed while its weights did not."""
+def head_of(teacher: Teacher, cache: CacheConfig, data: DataConfig) -> LinearHead | None:
+    """The linear head that computes the cache's logits, compared with the teacher on the probe images; None: logits are
+    stored, or there are none.
+
+    Raises:
+        ModelError: no single linear layer computes the logits from the embedding.
+    """
+    if cache.logits != "head":
+        return None
+    logits, embedding = stored_outputs(_specs(teacher, cache, data))[:2]
+    return linear_head(teacher, logits.name, embedding, _probe_pixels(teacher), key="cache.logits: head")
+
+
+def _specs(teacher: Teacher, cache: CacheConfig, data: DataConfig) -> tuple[OutputSpec, ...]:
+    shape = None if teacher.tokens is None else teacher.tokens.shape
+    return planned_outputs(task_of(data), cache, teacher.module.widths, tokens=shape)
+
+
+def _probe_pixels(teacher: Teacher) -> Tensor:
+    """Four fixed noise images: uint8 [4,3,H,W]."""
     height, width = height_width(teacher.loaded.input.size)
     num_blocks = -(-3 * height * width // 32)
     keys = np.repeat(sample_keys(0, [f"probe/{number}" for number in range(_NUM_PROBES)]), num_blocks, axis=0)
     counters = np.zeros((len(keys), 4), np.uint64)
     counters[:, 0] = np.tile(np.arange(num_blocks, dtype=np.uint64), _NUM_PROBES)
     noise = philox4x64(keys, counters).astype("<u8").view(np.uint8).reshape(_NUM_PROBES, -1)
-    pixels = torch.from_numpy(noise[:, : 3 * height * width].reshape(_NUM_PROBES, 3, height, width).copy())
-    values = teacher.infer(pixels)[name]
+    return torch.from_numpy(noise[:, : 3 * height * width].reshape(_NUM_PROBES, 3, height, width).copy())
+
+
+def _probe(teacher: Teacher, name: str) -> NDArray[np.float32]:
+    """An output for the probe images, [4,…]: it shows that the model changed while its weights did not."""
+    values = teacher.infer(_probe_pixels(teacher))[name]
     if not np.isfinite(values).all():
         raise ModelError(
             "the teacher produces NaN or infinity on images of noise",
@@ -242,6 +274,8 @@ def check_without_weights(stored: Header, config: Config) -> None:
         # The header has the digest of an imported file, which may be missing like the weights.
         class_means=cache.class_means if cache.class_means_url is None else str(stored.teacher["class_means"]),
         tokens=None if tokens is None else tokens.plan(loaded),
+        # The head consists of weights.
+        head=head_sha256(stored) if cache.logits == "head" else None,
     )
     _check_bodies(stored, planned_views(config.views), body, index_settings(config.data), cache.url)
 

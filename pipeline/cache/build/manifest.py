@@ -18,6 +18,7 @@ from pipeline.cache.build.fold import Fold, fold_commits, view_bits
 from pipeline.cache.build.imported_means import encode_stored, imported_sha256
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import parse_record, publish_named, read_file, read_named, read_parquet
+from pipeline.cache.format.head_file import read_head
 from pipeline.cache.format.header import no_cache, read_header
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import digest, seal
@@ -44,9 +45,11 @@ def publish_manifest(
 
     Raises:
         CacheError: no view is complete for every shard; a commit is another teacher's; a shard changed between two
-            parts; class means are configured and no row has a label; or the imported class means were changed.
+            parts; class means are configured and no row has a label; or the imported class means, or the linear head,
+            were changed.
     """
     header = read_header(cache_url)
+    read_head(cache_url, header)
     checks = _CommitChecks(header.fingerprint, cache_url)
     commits = (commit for commit in stream_commits(cache_url) if commit.shard_id in shard_urls)
     fold = fold_commits(checks.checked(commits), shard_urls, task_of(header.data))

@@ -30,7 +30,7 @@ from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.build.shard_index import StoredIndex, find_index, publish_new_index
 from pipeline.cache.build.statistics import StatisticsSum
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import column_of, encode, row_bytes
+from pipeline.cache.format.codec import column_of, encode, row_bytes, with_column
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.core.threads import prefetch
@@ -97,11 +97,11 @@ class PartBuild:
         self.data = context.config.data
         self.shard_id, self.where = shard_id(task.shard_url), redact(task.shard_url)
         self.rendering = Rendering.of(self.shard_id, plan, task.block, spec, self.data)
-        self.row_sizes = {output.name: row_bytes(output) for output in context.header.outputs}
+        self.row_sizes = {output.name: row_bytes(output) for output in with_column(context.header.outputs)}
         # The eval pass has neither the options of the plan nor stored views.
         columns = () if task.block.is_eval else (aug_param_columns(plan), context.header.pixel_type)
         self.schema = part_schema(self.row_sizes, *columns)
-        self.statistics = StatisticsSum(context.header.outputs, self.rendering.task)
+        self.statistics = StatisticsSum(context.header.outputs, self.rendering.task, context.head)
         self.sums: ClassSums | None = None
         self.omissions = Omissions()
         self.first_row: int | None = None
@@ -207,7 +207,7 @@ class PartBuild:
             "pixel_digest": digests,
             "pixel_mean": means,
         }
-        for output in self.context.header.outputs:
+        for output in with_column(self.context.header.outputs):
             columns[output.name] = encode(outputs[output.name], output, keys=[sample.key for sample in group.samples])
         if PIXELS in self.schema.names:
             columns |= _stored_pixels(group, position)

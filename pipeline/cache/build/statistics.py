@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.augment.params import sample_keys
-from pipeline.cache.format.codec import decode, encode
+from pipeline.cache.format.codec import LinearHead, column_name, decode, encode
 from pipeline.tasks import Task, TeacherOutputs, output_roles, task_of
 from pipeline.tasks.classification import predicted_classes
 from pipeline.teacher.rendering import GroupViews
@@ -32,24 +32,27 @@ class _Fidelity:
     embedding_cosine_sum: float = 0.0
     token_cosine_sum: float = 0.0
 
-    def add_logits(self, exact_NK: NDArray[np.float32], output: Output) -> None:
-        column = encode(exact_NK, output)
-        flips_N = predicted_classes(exact_NK) != predicted_classes(decode(column, output))
+    def add_logits(self, exact: TeacherOutputs, output: Output, head: LinearHead | None) -> None:
+        exact_NK, name = exact[output.name], column_name(output)
+        column = encode(exact[name], output if head is None else head.stored)
+        flips_N = predicted_classes(exact_NK) != predicted_classes(decode(column, output, head=head))
         self.argmax_flips += int(flips_N.sum())
         for key, temperature in _TEMPERATURES.items():
-            stored_NK = decode(column, output, temperature=temperature)
+            stored_NK = decode(column, output, temperature=temperature, head=head)
             self.kl_sum[key] += kl_sum(exact_NK, stored_NK, temperature)
             self.pearson_sum[key] += pearson_sum(exact_NK, stored_NK, temperature)
 
-    def add_embedding(self, exact_ND: NDArray[np.float32], output: Output) -> None:
+    def add_embedding(self, exact: TeacherOutputs, output: Output, _head: LinearHead | None) -> None:
+        exact_ND = exact[output.name]
         self.embedding_cosine_sum += cosine_sum(exact_ND, decode(encode(exact_ND, output), output))
 
-    def add_tokens(self, exact_NPD: NDArray[np.float32], output: Output) -> None:
+    def add_tokens(self, exact: TeacherOutputs, output: Output, _head: LinearHead | None) -> None:
+        exact_NPD = exact[output.name]
         stored_NPD, (num_tokens, width) = decode(encode(exact_NPD, output), output), output.shape
         self.token_cosine_sum += cosine_sum(exact_NPD.reshape(-1, width), stored_NPD.reshape(-1, width)) / num_tokens
 
 
-_MEASURES: dict[str, Callable[[_Fidelity, NDArray[np.float32], Output], None]] = {
+_MEASURES: dict[str, Callable[[_Fidelity, TeacherOutputs, Output, LinearHead | None], None]] = {
     "class": _Fidelity.add_logits,
     "embedding": _Fidelity.add_embedding,
     "tokens": _Fidelity.add_tokens,
@@ -60,14 +63,15 @@ _MEASURES: dict[str, Callable[[_Fidelity, NDArray[np.float32], Output], None]] =
 class StatisticsSum:
     """Sums over the views and groups of one part."""
 
-    def __init__(self, outputs: Iterable[Output], task: Task) -> None:
+    def __init__(self, outputs: Iterable[Output], task: Task, head: LinearHead | None = None) -> None:
+        """``head`` is that of the cache, where it computes logits."""
         roles = output_roles(task)
         self._measured = [
             (measure, output)
             for output in outputs
             if (measure := _MEASURES.get(roles.get(output.name, ""))) is not None
         ]
-        self._task_sums, self._fidelity = task.accumulate(), _Fidelity()
+        self._task_sums, self._fidelity, self._head = task.accumulate(), _Fidelity(), head
 
     def add(self, group: GroupViews, outputs: TeacherOutputs) -> None:
         """Adds one view of one group. The task's statistics are of images that are not mixed."""
@@ -82,8 +86,9 @@ class StatisticsSum:
         if not chosen_N.any():
             return
         self._fidelity.fidelity_rows += int(chosen_N.sum())
+        chosen = {name: values[chosen_N] for name, values in outputs.items()}
         for measure, output in self._measured:
-            measure(self._fidelity, outputs[output.name][chosen_N], output)
+            measure(self._fidelity, chosen, output, self._head)
 
     def result(self) -> Statistics:
         return Statistics(**self._task_sums.result(), **asdict(self._fidelity))

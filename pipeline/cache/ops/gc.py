@@ -157,7 +157,7 @@ def _check_no_running_build(cache_url: str, now_s: float) -> None:
 
 
 def _is_bound_to_header(path: str) -> bool:
-    return layout.is_index(path) or path == layout.IMPORTED_MEANS or path.startswith(f"{layout.LOG}/")
+    return layout.is_index(path) or path in (layout.IMPORTED_MEANS, layout.HEAD) or path.startswith(f"{layout.LOG}/")
 
 
 def _is_old(entry: storage.Entry, limit_s: float) -> bool:

@@ -234,8 +234,9 @@ def _scratch(inputs: PlanInputs, row: Estimate) -> Estimate:
 
 def _traffic(inputs: PlanInputs, row_bytes: float) -> Traffic:
     num_parts = sum(blocks.num_parts for blocks in inputs.blocks.values())
-    # Header, manifest and its two tables; class means, and the JSON that they were imported from.
+    # Header, manifest and its two tables; class means, and the JSON that they were imported from; the linear head.
     num_published = 4 + (inputs.cache.class_means != "none") + (inputs.cache.class_means_url is not None)
+    num_published += inputs.cache.logits == "head"
     num_objects = 2 * num_parts + len(inputs.urls) + inputs.num_class_sums + num_published
     return Traffic(
         num_objects=num_objects,

@@ -17,7 +17,7 @@ from pipeline.augment.params import EVAL_VIEW
 from pipeline.cache.build.class_means import ClassMeans, decode_means
 from pipeline.cache.build.manifest import locate, parse_manifest, read_manifest, read_table
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import column_of, decode, depends_on_temperature, raw_rows
+from pipeline.cache.format.codec import LinearHead, column_name, column_of, decode, depends_on_temperature, raw_rows
 from pipeline.cache.format.files import (
     REBUILD,
     check_sha256,
@@ -25,6 +25,7 @@ from pipeline.cache.format.files import (
     read_file,
     read_named,
 )
+from pipeline.cache.format.head_file import read_head
 from pipeline.cache.format.header import no_cache, parse_header, plan_of, read_outputs
 from pipeline.cache.read.view_range import CommittedView, read_view
 from pipeline.core.errors import CacheError
@@ -38,10 +39,11 @@ from schemas.cache_format import PIXEL_HASH, PIXELS, Header, Manifest, Output, a
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """N encoded rows of one output."""
+    """N encoded rows of one output; ``head`` computes it from rows of the embedding, where its encoding is ``head``."""
 
     column: pa.Array
     output: Output
+    head: LinearHead | None = None
 
     def __len__(self) -> int:
         return len(self.column)
@@ -53,11 +55,11 @@ class StoredRows:
 
     def take(self, row_N: NDArray[np.integer[Any]]) -> StoredRows:
         """The rows at these positions."""
-        return StoredRows(column_of(raw_rows(self.column).take(row_N, axis=0)), self.output)
+        return StoredRows(column_of(raw_rows(self.column).take(row_N, axis=0)), self.output, self.head)
 
     def decode(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
         """[N,…] fp32 at the temperature of the loss that reads them."""
-        return decode(self.column, self.output, temperature=temperature)
+        return decode(self.column, self.output, temperature=temperature, head=self.head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,11 @@ class TeacherCache:
     def _parts(self) -> PartsIndex:
         return PartsIndex.of(read_table(self.url, self.manifest.parts, repeated=_REPEATED))
 
+    @cached_property
+    def head(self) -> LinearHead | None:
+        """Computes the logits from the embeddings; None: logits are stored, or there are none."""
+        return read_head(self.url, self.header)
+
     def index(self, shard: ShardEntry) -> ShardIndex:
         """The shard's index, checked against the manifest."""
         is_relabelled = self.manifest.labels is not None
@@ -261,7 +268,7 @@ class TeacherCache:
                 sizes.append(_copy_pixels(table[PIXELS], pixels))
             tables.append(table.drop_columns([PIXELS]) if reads_pixels else table)
         table = pa.concat_tables(tables)
-        columns = _view_columns(table, self.header, list(aug_params))
+        columns = _view_columns(table, self.header, list(aug_params), self.head)
         if not sizes:
             return columns
         size_N = np.concatenate(sizes)
@@ -288,7 +295,7 @@ def _copy_pixels(column: pa.ChunkedArray, file: BinaryIO) -> NDArray[np.int64]:
     return pc.call_function("binary_length", [column]).to_numpy().astype(np.int64)
 
 
-def _view_columns(table: pa.Table, header: Header, aug_params: list[str]) -> ViewColumns:
+def _view_columns(table: pa.Table, header: Header, aug_params: list[str], head: LinearHead | None) -> ViewColumns:
     for name in ("row", "content_hash", "embedding_norm", "mix_row", "mix_lambda", "flip", *aug_params):
         _check_filled(table, name)
     box = [table[f"box_{side}"].to_numpy() for side in ("left", "top", "width", "height")]
@@ -301,7 +308,7 @@ def _view_columns(table: pa.Table, header: Header, aug_params: list[str]) -> Vie
         mix_lambda_N=table["mix_lambda"].to_numpy(),
         aug_params={name: table[name].to_numpy() for name in aug_params},
         embedding_norm_N=table["embedding_norm"].to_numpy(),
-        outputs={output.name: _stored(table, output) for output in read_outputs(header)},
+        outputs={output.name: _stored(table, output, head) for output in read_outputs(header)},
         pixel_digest=tuple(table["pixel_digest"].to_pylist()),
         pixel_mean=tuple(table["pixel_mean"].to_pylist()),
     )
@@ -312,9 +319,10 @@ def _check_filled(table: pa.Table, name: str) -> None:
         raise empty_cells(name, table[name])
 
 
-def _stored(table: pa.Table, output: Output) -> StoredRows:
-    _check_filled(table, output.name)
-    return StoredRows(table[output.name].combine_chunks(), output)
+def _stored(table: pa.Table, output: Output, head: LinearHead | None) -> StoredRows:
+    name = column_name(output)
+    _check_filled(table, name)
+    return StoredRows(table[name].combine_chunks(), output, head)
 
 
 def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache:

@@ -29,7 +29,14 @@ from pipeline.augment.stored_pixels import decode_view
 from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
 from pipeline.cache.build.part_writer import view_ranges
-from pipeline.cache.format.codec import config_key, decode, depends_on_temperature, is_fixed, row_bytes
+from pipeline.cache.format.codec import (
+    config_key,
+    decode,
+    depends_on_temperature,
+    is_fixed,
+    row_bytes,
+    with_column,
+)
 from pipeline.cache.format.files import empty_cells
 from pipeline.cache.format.header import decoded_from
 from pipeline.cache.verify.moments import MomentsCheck
@@ -165,7 +172,7 @@ class PartCheck:
             aug_params = {} if self._commit.block.is_eval else aug_param_columns(self._replayed.plan)
             pixels = None if self._commit.block.is_eval else self._header.pixel_type
             schema = part_schema(
-                {output.name: row_bytes(output) for output in self._header.outputs}, aug_params, pixels
+                {output.name: row_bytes(output) for output in with_column(self._header.outputs)}, aug_params, pixels
             )
             if not file.schema_arrow.equals(schema):
                 got = file.schema_arrow.names
@@ -240,7 +247,7 @@ class PartCheck:
         norm_M = _array(table, "embedding_norm")
         is_norm_M = np.isfinite(norm_M) & (norm_M >= 0)
         self._check_rows("embedding_norm is negative or not finite", view, rows, is_norm_M, norm_M)
-        for output in self._header.outputs:
+        for output in with_column(self._header.outputs):
             with np.errstate(all="ignore"):
                 temperature = output.temperatures[0] if is_fixed(output) else 1.0
                 values_MD = decode(table[output.name], output, temperature=temperature)
@@ -327,7 +334,9 @@ def _digest_of(data: bytes, pixels: str, size: Size) -> bytes | None:
 
 
 def _recount(header: Header, index: ShardIndex, *, mix_group: int) -> Recount:
-    return index.task.recount(index.ok_targets, mix_group=mix_group, outputs=[output.name for output in header.outputs])
+    return index.task.recount(
+        index.ok_targets, mix_group=mix_group, outputs=[output.name for output in with_column(header.outputs)]
+    )
 
 
 def _array(table: pa.Table, name: str) -> NDArray[Any]:

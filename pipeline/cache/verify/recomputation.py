@@ -26,7 +26,7 @@ from pipeline.cache.build.context import BuildContext
 from pipeline.cache.build.header_claim import MAX_DRIFT, check_same
 from pipeline.cache.build.manifest import read_table
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import decode, encode
+from pipeline.cache.format.codec import column_name, decode, encode, with_column
 from pipeline.cache.format.header import replayable_plan
 from pipeline.cache.read.reader import ShardEntry, TeacherCache, open_cache
 from pipeline.cache.verify.images import ShardImages, single_view
@@ -191,6 +191,7 @@ class _RowSampler:
                 stored = {
                     name: stored_rows.take(np.array([ordinal])).decode()[0]
                     for name, stored_rows in columns.outputs.items()
+                    if column_name(stored_rows.output) == name
                 }
                 rows.append(
                     _Row(
@@ -253,7 +254,7 @@ def _compare(rows: list[_Row], context: BuildContext, findings: Findings) -> Rec
     drift = MAX_DRIFT[context.teacher.precision]
     differs_N, largest = np.zeros(len(rows), np.bool_), 0.0
     same_N = np.array([row.same_environment for row in rows])
-    for output in context.header.outputs:
+    for output in with_column(context.header.outputs):
         scale = max(float(new[output.name].std()), 1e-6)
         stored_ND = np.stack([row.stored[output.name].ravel() for row in rows])
         new_ND = new[output.name].reshape(len(rows), -1)

@@ -19,6 +19,7 @@ from pipeline.cache.build.imported_means import imported_sha256
 from pipeline.cache.build.manifest import locate, parse_manifest
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import changed_file, parse_record, read_file, read_parquet
+from pipeline.cache.format.head_file import head_sha256, read_head
 from pipeline.cache.format.header import parse_header, replayable_plan
 from pipeline.cache.read.reader import ShardEntry
 from pipeline.cache.verify.moments import MomentsCheck, read_moments
@@ -111,6 +112,8 @@ class CacheRecords:
             named |= {commit.summary.part, commit.summary.index, *filter(None, [commit.summary.means])}
         if self.header is not None and imported_sha256(self.header) is not None:
             named.add(layout.IMPORTED_MEANS)
+        if self.header is not None and head_sha256(self.header) is not None:
+            named.add(layout.HEAD)
         return [entry.path for entry in entries if entry.is_temporary or not self._is_named(entry.path, named)]
 
     def _is_named(self, path: str, named: set[str]) -> bool:
@@ -128,6 +131,9 @@ class CacheRecords:
 def read_records(cache_url: str, entries: Sequence[storage.Entry], findings: Findings) -> CacheRecords:
     """Reads and compares all records and tables. A record with a problem is left out of the result."""
     header = _read_header(cache_url, findings)
+    if header is not None and head_sha256(header) is not None:
+        with findings.capture(layout.HEAD, "heads"):
+            read_head(cache_url, header)
     commits, damaged = _read_commits(cache_url, entries, header, findings)
     manifest, manifest_sha256 = _read_manifest(cache_url, header, findings)
     tables, moments = read_moments(cache_url, entries, header, manifest, manifest_sha256, findings)

@@ -94,8 +94,8 @@ class StepDataset(Dataset[Batch]):
             lambda_B=torch.from_numpy(rows.rows_N["mix_lambda"].copy()) if mixes else None,
             cutmix_box_B4=None if cutmix_box_B4 is None else torch.from_numpy(cutmix_box_B4),
             teacher_outputs=tuple(
-                decode_outputs(columns, outputs, self.source.reads)
-                for columns, outputs in zip(rows.teachers, self.source.outputs, strict=True)
+                decode_outputs(columns, outputs, self.source.reads, head)
+                for columns, outputs, head in zip(rows.teachers, self.source.outputs, self.source.heads, strict=True)
             ),
         )
         # Last: a loader process stacks them into the shared memory in which the whole batch travels.

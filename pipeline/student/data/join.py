@@ -18,7 +18,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.cache.format.codec import column_of, raw_rows
+from pipeline.cache.format.codec import column_name, column_of, raw_rows
 from pipeline.cache.read.reader import ViewColumns
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
@@ -99,7 +99,7 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> pa.Reco
             "id": pa.array(index.sample_ids(index.ok), pa.string()),
             "pixel_digest": pa.array(columns.pixel_digest, pa.binary(16)),
             "pixel_mean": pa.array(columns.pixel_mean, pa.binary(192)),
-            **{name: output.column for name, output in columns.outputs.items()},
+            **{column_name(stored.output): stored.column for stored in columns.outputs.values()},
         }
     )
     return batch.replace_schema_metadata({"fields": json.dumps(rows_N.dtype.descr)})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.augment.params import sample_views, shard_partners, unmix
-from pipeline.cache.format.codec import check_temperature
+from pipeline.cache.format.codec import LinearHead, check_temperature, column_name
 from pipeline.cache.format.header import read_outputs
 from pipeline.cache.read.reader import ShardEntry, TeacherCache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
@@ -43,6 +43,7 @@ class RowSource(ABC):
         num_ok: of each shard.
         num_views: V, after which views repeat; None: they do not.
         outputs: those of each cached teacher that are read, by name.
+        heads: of each cached teacher, see ``TeacherCache.head``; None also where its logits are not read.
         reads: the outputs that losses read, whether or not a cache has them.
         files: the images.
         stores_views: whether ``stored_view`` has the views; else they are rendered from ``files``.
@@ -60,10 +61,11 @@ class RowSource(ABC):
         name_shards: str,
         num_views: int | None,
         outputs: Sequence[Mapping[str, Output]] = (),
+        heads: Sequence[LinearHead | None] = (),
         reads: Reads | None = None,
     ) -> None:
         self.shard_ids, self.num_ok, self.task, self.num_views = shard_ids(urls), num_ok, task, num_views
-        self.outputs, self.reads = outputs, reads or {}
+        self.outputs, self.heads, self.reads = outputs, heads, reads or {}
         self.store, self.files = store, ShardFiles(urls, store, name_shards=name_shards)
         self.are_shards_local = all(storage.protocol(url) == "file" for url in urls)
 
@@ -253,6 +255,9 @@ class CachedSource(RowSource):
         name_shards: str,
         num_views: int,
     ) -> None:
+        outputs = [
+            {output.name: output for output in read_outputs(cache.header) if output.name in reads} for cache in caches
+        ]
         super().__init__(
             urls,
             [shard.num_ok for shard in shards],
@@ -260,14 +265,16 @@ class CachedSource(RowSource):
             store,
             name_shards=name_shards,
             num_views=num_views,
-            outputs=tuple(
-                {output.name: output for output in read_outputs(cache.header) if output.name in reads}
-                for cache in caches
-            ),
+            outputs=outputs,
+            heads=[
+                cache.head if any(column_name(output) != name for name, output in read.items()) else None
+                for cache, read in zip(caches, outputs, strict=True)
+            ],
             reads=reads,
         )
         self.caches, self._shards = tuple(caches), shards
-        self._views = ViewFiles(self.caches, shards, store, outputs=tuple(reads))
+        columns = tuple(dict.fromkeys(column_name(output) for read in outputs for output in read.values()))
+        self._views = ViewFiles(self.caches, shards, store, outputs=columns)
         self.stores_views = self._views.pixels is not None
         # Training takes all but targets and content hashes from the views.
         self._indexes = Memo(self._read_index, _MEMO_SIZE)

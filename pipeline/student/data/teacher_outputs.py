@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.cache.format.codec import column_of
+from pipeline.cache.format.codec import LinearHead, column_name, column_of
 from pipeline.cache.read.reader import StoredRows
 from pipeline.student.data.batch_summary import Summarised
 from schemas.cache_format import Output
@@ -49,15 +49,18 @@ class TeacherOutputs(Summarised):
         )
 
 
-def decode_outputs(columns: Mapping[str, NDArray[Any]], outputs: Mapping[str, Output], reads: Reads) -> TeacherOutputs:
+def decode_outputs(
+    columns: Mapping[str, NDArray[Any]], outputs: Mapping[str, Output], reads: Reads, head: LinearHead | None = None
+) -> TeacherOutputs:
     """Decodes the columns of one cached teacher (see ``SampleRows``), for a whole batch at once.
 
     Args:
         outputs: of the teacher's cache, by name; those that are read.
+        head: of the cache, see ``TeacherCache.head``.
     """
     tensors: dict[tuple[str, float | None], Tensor] = {}
     for name, output in outputs.items():
-        stored = StoredRows(column_of(columns[name]), output)
+        stored = StoredRows(column_of(columns[column_name(output)]), output, head)
         if stored.depends_on_temperature:
             decoded = {temperature: stored.decode(temperature=temperature) for temperature in reads[name]}
         else:

@@ -193,13 +193,16 @@ def _fidelity_warning(header: Header, statistics: Statistics, loss: LossConfig) 
     )
     distance, measured_at = _at(sums, temperature)
     distance /= statistics.fidelity_rows
-    if distance <= _MAX_DISTANCE:
+    key = name = config_key(stored[0])
+    encoding = written = str(header.teacher[key])
+    if encoding == "head":
+        key, encoding = "embeddings", str(header.teacher["embeddings"])
+    better = _BETTER.get(encoding.partition(":")[0])
+    if distance <= _MAX_DISTANCE or better is None:
         return None
-    key = config_key(stored[0])
-    encoding = str(header.teacher[key])
     return (
-        f"{loss.name} at T = {temperature:g}: {key} in {encoding} are {distance:.2g} {unit} from the teacher's"
-        f"{measured_at}, more than {_MAX_DISTANCE}; cache.{key}={_BETTER[encoding.partition(':')[0]]} is closer"
+        f"{loss.name} at T = {temperature:g}: {name} in {written} are {distance:.2g} {unit} from the teacher's"
+        f"{measured_at}, more than {_MAX_DISTANCE}; cache.{key}={better} is closer"
     )
 
 

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.cache.build.header_claim import head_of
+from pipeline.cache.format.codec import LinearHead
 from pipeline.student.data.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.losses import ClassDirections, CompositeLoss
 from pipeline.student.supervision.canaries import CanaryReport, check_canaries
@@ -38,6 +40,8 @@ class Supervision:
         log_priors: logarithms of the classes' frequencies by their column; those that the loss needs.
         standardizers: of each teacher's embeddings; None: losses compare them as they are.
         weights: factors of the losses of each teacher.
+        heads: of each online teacher; its logits are computed as a cache with this config stores them. None: they are
+            the network's.
     """
 
     spec: SupervisionSpec
@@ -51,6 +55,7 @@ class Supervision:
     standardizers: tuple[Standardizer | None, ...] = ()
     weights: tuple[float, ...] = ()
     teacher_tokens: tuple[tuple[int, int], ...] = ()
+    heads: tuple[LinearHead | None, ...] = ()
 
 
 def open_supervision(
@@ -122,9 +127,9 @@ def _online_supervision(
     teachers: tuple[Teacher, ...],
     device: torch.device,
 ) -> Supervision:
-    heads = loss.heads_of_class_means
+    heads_of_means = loss.heads_of_class_means
     directions = tuple(
-        {} if cache is None else _directions(online_means(cache, teacher, source, heads, section=name), device)
+        {} if cache is None else _directions(online_means(cache, teacher, source, heads_of_means, section=name), device)
         for name, cache, teacher in zip(config.teacher.models, spec.means_caches, teachers, strict=True)
     )
     for name, cache, teacher in zip(config.teacher.models, spec.moments_caches, teachers, strict=True):
@@ -132,7 +137,16 @@ def _online_supervision(
             check_same_teacher(cache, teacher, f"{name}.moments")
     widths = tuple(teacher.module.embedding_dim for teacher in teachers)
     tokens = tuple(teacher.tokens.shape for teacher in teachers if teacher.tokens is not None)
-    return Supervision(spec, source, teachers, directions, widths, teacher_tokens=tokens)
+    heads = tuple(None if config.cache is None else head_of(teacher, config.cache, spec.data) for teacher in teachers)
+    return Supervision(
+        spec,
+        source,
+        teachers,
+        directions,
+        widths,
+        teacher_tokens=tokens,
+        heads=tuple(None if head is None else head.to(device) for head in heads),
+    )
 
 
 def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torch.device) -> Supervision:

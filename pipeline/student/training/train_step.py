@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.augment.pixels import to_input
 from pipeline.augment.random_bits import key_of
+from pipeline.cache.format.codec import LinearHead
 from pipeline.models import forward_with_maps
 from pipeline.student.data.batch import Batch
 from pipeline.student.data.teacher_outputs import TeacherOutputs
@@ -22,6 +23,7 @@ from pipeline.student.training.micro_batches import combined, micro_batches, num
 from pipeline.student.training.optimizer_step import Update
 from pipeline.student.training.setup import TrainingSetup, input_size
 from pipeline.tasks import EMBEDDING
+from pipeline.tasks.classification import LOGITS
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import autocast
 
@@ -158,16 +160,23 @@ class TrainStep:
 
     def _teacher_outputs(self, batch: Batch) -> list[tuple[TeacherOutputs, tuple[Tensor, ...]]]:
         """The outputs of each teacher, online or cached, and the feature maps that ``review_kd`` compares."""
-        online = [self._infer(teacher, batch) for teacher in self._supervision.teachers]
+        online = [
+            self._infer(teacher, head, batch)
+            for teacher, head in zip(self._supervision.teachers, self._supervision.heads, strict=True)
+        ]
         return online or [(outputs, ()) for outputs in batch.teacher_outputs]
 
-    def _infer(self, teacher: Teacher, batch: Batch) -> tuple[TeacherOutputs, tuple[Tensor, ...]]:
+    def _infer(
+        self, teacher: Teacher, head: LinearHead | None, batch: Batch
+    ) -> tuple[TeacherOutputs, tuple[Tensor, ...]]:
         review = self.student.review
         pixels_BCHW = batch.teacher_pixels.get(input_size(teacher.loaded.input), batch.pixels_BCHW)
         mixing = batch.partner_B, batch.lambda_B, batch.cutmix_box_B4
         observed = () if review is None else review.plan.teacher
         outputs, maps = forward_with_maps(observed, teacher.forward, pixels_BCHW, *mixing)
         levels = () if review is None else review.plan.levels(maps, outputs[EMBEDDING])
+        if head is not None:
+            outputs = {**outputs, LOGITS: head.logits_of_exact(outputs[EMBEDDING])}
         return TeacherOutputs({(name, None): tensor for name, tensor in outputs.items()}), levels
 
     def _num_labelled(self, batch: Batch) -> dict[str, Tensor]:

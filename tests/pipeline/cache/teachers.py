@@ -26,6 +26,21 @@ class Scaled(nn.Module):
         return scale * self.fc(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
+class Doubled(Scaled):
+    """Does not return what its linear layer does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Cosine(Scaled):
+    """Its layer takes the embedding, and its logits are cosines."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedding = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        return self.fc(embedding) / embedding.norm(dim=1, keepdim=True)
+
+
 class NanOnPlainImages(Scaled):
     """Divides by the contrast of an image, which is zero for one colour."""
 

@@ -1,8 +1,10 @@
 """Rows of floats to fixed-size bytes and back, one file for each encoding."""
 
+from pipeline.cache.format.codec.head import LinearHead
 from pipeline.cache.format.codec.rows import (
     check_encodings,
     check_temperature,
+    column_name,
     column_of,
     config_key,
     decode,
@@ -12,11 +14,14 @@ from pipeline.cache.format.codec.rows import (
     raw_rows,
     row_bytes,
     stored_outputs,
+    with_column,
 )
 
 __all__ = [
+    "LinearHead",
     "check_encodings",
     "check_temperature",
+    "column_name",
     "column_of",
     "config_key",
     "decode",
@@ -26,4 +31,5 @@ __all__ = [
     "raw_rows",
     "row_bytes",
     "stored_outputs",
+    "with_column",
 ]

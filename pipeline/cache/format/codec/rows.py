@@ -7,20 +7,22 @@ from math import prod
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from pipeline.cache.format.codec.dense import DENSE
 from pipeline.cache.format.codec.encoding import Encoding, Rows
+from pipeline.cache.format.codec.head import HEAD, LinearHead
 from pipeline.cache.format.codec.int4 import INT4
 from pipeline.cache.format.codec.int8 import INT8
 from pipeline.cache.format.codec.int8t import INT8T
 from pipeline.cache.format.codec.topk import TOPK
 from pipeline.cache.format.files import empty_cells
 from pipeline.core.errors import CacheError
-from pipeline.tasks import OutputSpec
+from pipeline.tasks import EMBEDDING, OutputSpec
 from schemas.cache_format import Output
 
-_ENCODINGS = (DENSE, INT8, INT8T, INT4, TOPK)
+_ENCODINGS = (DENSE, INT8, INT8T, INT4, TOPK, HEAD)
 _BY_NAME = {encoding.name: encoding for encoding in _ENCODINGS}
 _BY_KIND = {kind: encoding for encoding in _ENCODINGS for kind in encoding.kinds}
 _CONFIG_KEYS = {"embedding": "embeddings"}
@@ -55,6 +57,16 @@ def _encoding(output: Output) -> Encoding:
             next_step="read it with the version that wrote it",
         )
     return _BY_NAME[output.encoding]
+
+
+def column_name(output: Output) -> str:
+    """The column that an output is decoded from: its own, or that of the embedding."""
+    return EMBEDDING if output.encoding == HEAD.name else output.name
+
+
+def with_column(outputs: Iterable[Output]) -> tuple[Output, ...]:
+    """Those that are stored, and not computed from another output."""
+    return tuple(output for output in outputs if column_name(output) == output.name)
 
 
 def _row_dtype(output: Output) -> np.dtype[np.void]:
@@ -149,14 +161,23 @@ def column_of(raw_NW: NDArray[np.uint8]) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(width), num_rows, [None, pa.py_buffer(np.ascontiguousarray(raw_NW))])
 
 
-def decode(column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: float = 1.0) -> NDArray[np.float32]:
+def decode(
+    column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: float = 1.0, head: LinearHead | None = None
+) -> NDArray[np.float32]:
     """N stored rows to [N,…] fp32 at the temperature of the loss that reads them.
+
+    Args:
+        column: of the part, ``column_name`` of the output.
+        head: of the cache; computes the logits whose encoding is ``head``.
 
     Raises:
         CacheError: the encoding is unknown, the output serves other temperatures alone, or a cell is empty.
     """
     assert temperature > 0
     check_temperature(output, temperature)
+    if output.encoding == HEAD.name:
+        assert head is not None
+        return head.logits(torch.from_numpy(decode(column, head.stored))).numpy()
     encoding, dtype = _encoding(output), _row_dtype(output)
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()

@@ -77,9 +77,9 @@ def test_only_the_rows_of_a_batch_are_decoded_and_once_for_each_temperature(
 ) -> None:
     calls: list[tuple[int, float]] = []
 
-    def decode(column: pa.Array, output: Output, *, temperature: float = 1.0) -> NDArray[np.float32]:
+    def decode(column: pa.Array, output: Output, *, temperature: float = 1.0, head: None) -> NDArray[np.float32]:
         calls.append((len(column), temperature))
-        return codec.decode(column, output, temperature=temperature)
+        return codec.decode(column, output, temperature=temperature, head=head)
 
     monkeypatch.setattr("pipeline.cache.read.reader.decode", decode)
     source = cached_source(topk, reads={"logits": (1.0, 4.0)})

@@ -40,5 +40,5 @@ def test_logits_that_do_not_fit_stop_the_build_with_their_keys(
 
 @pytest.mark.parametrize("logits", ["int16", "topk", "topk:0", "topk:-1", "topk:1.5", "topk:01"])
 def test_a_value_that_names_no_encoding_is_refused(tiny_config: TinyConfig, logits: str) -> None:
-    with pytest.raises(ValueError, match=r"expected auto, fp32, fp16, int8, int8t, int4, none or topk:k"):
+    with pytest.raises(ValueError, match=r"expected auto, fp32, fp16, int8, int8t, int4, head, none or topk:k"):
         tiny_config(cache={"logits": logits})

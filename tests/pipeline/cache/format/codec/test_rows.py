@@ -145,7 +145,7 @@ def test_an_empty_cell_is_refused() -> None:
 
 def test_an_unknown_encoding_is_refused_by_name() -> None:
     output = logits_output("fp16", 2).model_copy(update={"encoding": "wavelet"})
-    names = dict.fromkeys(logits_output(kind, 258).encoding for kind in KINDS)
+    names = dict.fromkeys(logits_output(kind, 258).encoding for kind in (*KINDS, "head"))
     for call in (lambda: decode(pa.array([b"1234"], pa.binary(4)), output), lambda: depends_on_temperature(output)):
         with raises("cache.unknown-encoding", CacheError, got="wavelet", expected=", ".join(names)):
             call()
