@@ -150,10 +150,11 @@ def _check_request(sources: Sequence[TeacherCache], request: AverageRequest) -> 
         )
     for cache in sources:
         outputs = _logits_of(cache)
-        fixed = [output for output in outputs if depends_on_temperature(output)]
+        # Those of a head are no column of their own.
+        fixed = [output for output in outputs if depends_on_temperature(output) or output.encoding == "head"]
         if not outputs or fixed:
             raise CacheError(
-                "this cache has no logits that serve all temperatures",
+                "this cache stores no logits that serve all temperatures",
                 code="cache.not-convertible",
                 where=redact(cache.url),
                 got=f"cache.logits={cache.header.teacher.get('logits')}",
