@@ -239,6 +239,7 @@ def _fidelity(header: Header, statistics: Statistics) -> Iterator[str]:
     measured = ("logits",) if derived.kind == "average" else derived.encodings
     for key, name, value in (
         ("logits", f"KL at T = {temperature:g}, nats", means["kl_nats"].get(str(temperature))),
+        ("logits", "total variation", means["total_variation"]),
         ("logits", "argmax flips", means["argmax_flips"]),
         ("embeddings", "embedding cosine", means["embedding_cosine"]),
         ("tokens", "token cosine", means["token_cosine"]),

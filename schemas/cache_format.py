@@ -214,6 +214,11 @@ class Statistics(Record):
         default=0.0,
         description="Mean over a row's patch tokens, summed over the sampled rows; without tokens, not in the record.",
     )
+    total_variation_sum: float = Field(
+        default=0.0,
+        description="Of sampled logits, instead of kl_sum and pearson_sum: half the sum of a row's differences from "
+        "the exact probabilities, summed over the sampled rows. Otherwise not in the record.",
+    )
     sums: dict[str, float] = Field(
         default_factory=dict,
         description="Of a task other than classification, and by domain; without any, not in the record.",
@@ -222,7 +227,7 @@ class Statistics(Record):
     @model_serializer(mode="wrap")
     def _without_absent_sums(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         body: dict[str, Any] = serialize(self)
-        for name in ("token_cosine_sum", "sums"):
+        for name in ("token_cosine_sum", "total_variation_sum", "sums"):
             if not getattr(self, name):
                 body.pop(name, None)
         return body

@@ -103,7 +103,8 @@ class CachedBatch(Summarised):
         )
 
     def teacher_logits(self, *, temperature: float = 1.0, teacher: int = 0, head: str | None = None) -> Tensor:
-        """float32 [B,K], decoded for a loss at this temperature. Only ``topk`` logits depend on the temperature.
+        """float32 [B,K], decoded for a loss at this temperature. Only ``topk`` and ``sampled`` logits depend on
+        it. Most classes of sampled ones have no probability in a single row: T times -1000.
 
         Args:
             teacher: position in the list of caches.

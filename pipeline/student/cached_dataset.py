@@ -95,7 +95,8 @@ class CachedDataset(Dataset[CachedBatch]):
             size, interpolation: of the student's input, in pixels, height and width in one number or (height,
                 width); default: the teacher's.
             mean, std: per channel, of [0,1] RGB, for ``CachedBatch.images``; default: the teacher's.
-            temperatures: at which ``topk`` logits are decoded; other encodings need no list. Empty: decode no logits.
+            temperatures: at which ``topk`` and ``sampled`` logits are decoded; other encodings need no list. Empty:
+                decode no logits.
             embeddings: whether to read the teachers' embeddings, for ``CachedBatch.teacher_embeddings``.
             tokens: whether to read the teachers' patch tokens, for ``CachedBatch.teacher_tokens``.
             require_labels: whether a row without a label is an error.

@@ -174,9 +174,9 @@ class Heads(Task):
 
     def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
         multilabel = [head.name for head in self.entries if head.is_multilabel and head.output in widths]
-        if multilabel and cache.logits.startswith("topk"):
+        if multilabel and cache.logits.startswith(("topk", "sampled")):
             raise ConfigError(
-                "topk stores the largest classes of a softmax, and the sigmoids of a multilabel head have none",
+                "topk and sampled are for softmaxes, and the sigmoids of a multilabel head have no common sum",
                 code="config.multilabel-topk",
                 where="cache.logits",
                 got=f"{cache.logits}, and multilabel heads {', '.join(multilabel)}",

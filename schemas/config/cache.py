@@ -9,6 +9,10 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.config.section import Section
 
+_NUMBER = "[1-9][0-9]*"
+# One spelling for each number, since the fingerprint contains it.
+_T = rf"(?:{_NUMBER}|(?:0|{_NUMBER})\.[0-9]*[1-9])"
+
 
 class CacheConfig(Section):
     """Which teacher outputs are stored, and where."""
@@ -16,9 +20,9 @@ class CacheConfig(Section):
     url: str = Field(description="Folder of the cache; any allowed URL.")
     logits: str = Field(
         "auto",
-        description="fp32, fp16, int8, int8t, int4, topk:k or none: encoding of the logits; task embedding: none. "
-        "auto: that of an existing cache; of a new one int8t from 256 classes, below that and with several heads fp16. "
-        "head: computed from the stored embedding.",
+        description="fp32, fp16, int8, int8t, int4, topk:k, sampled:n@T or none: encoding of the logits; task "
+        "embedding: none. auto: that of an existing cache; of a new one int8t from 256 classes, below that and with "
+        "several heads fp16. head: computed from the stored embedding.",
     )
     embeddings: Literal["fp32", "fp16", "int8", "none"] = Field(
         "none", description="Encoding of the penultimate embedding; default of task embedding: fp16."
@@ -39,10 +43,10 @@ class CacheConfig(Section):
     @field_validator("logits")
     @classmethod
     def _check_logits(cls, logits: str) -> str:
-        if not re.fullmatch(r"auto|fp32|fp16|int8|int8t|int4|head|none|topk:[1-9][0-9]*", logits):
+        if not re.fullmatch(rf"auto|fp32|fp16|int8|int8t|int4|head|none|topk:{_NUMBER}|sampled:{_NUMBER}@{_T}", logits):
             raise ValueError(
-                f"logits is {logits!r}; expected auto, fp32, fp16, int8, int8t, int4, head, none or topk:k, such as "
-                "topk:16"
+                f"logits is {logits!r}; expected auto, fp32, fp16, int8, int8t, int4, head, none, topk:k, such as "
+                "topk:16, or sampled:n@T, such as sampled:20@4"
             )
         return logits
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.cache.build.part_writer import PartWriter, parquet_settings, view_ranges
-from pipeline.cache.format.codec import decode, encode, stored_outputs
+from pipeline.cache.format.codec import RowIdentity, decode, encode, row_bytes, stored_outputs
 from pipeline.tasks import OutputSpec
 from schemas.cache_format import Output, part_schema
 from tests.benchmarks.teachers import BENCH, ten_classes, thousand_classes
@@ -42,13 +42,19 @@ def _seconds(work: Callable[[], object]) -> float:
     return min(taken)
 
 
+def _encode(logits_NK: NDArray[np.float32], start: int, output: Output) -> pa.Array:
+    group_NK = logits_NK[start : start + _GROUP]
+    identity = RowIdentity([f"shard/{start + row}" for row in range(len(group_NK))], 0)
+    return encode(group_NK, output, identity=identity)
+
+
 def _batches(rows: pa.Table, logits_NK: NDArray[np.float32], output: Output) -> list[pa.RecordBatch]:
     """Rows of a real part with re-encoded logits, as the groups of a build."""
-    schema = part_schema({"logits": encode(logits_NK[:1], output).type.byte_width})
+    schema = part_schema({"logits": row_bytes(output)})
     batches: list[pa.RecordBatch] = []
     for start in range(0, rows.num_rows, _GROUP):
         columns = {name: rows[name].slice(start, _GROUP).combine_chunks() for name in rows.column_names}
-        columns["logits"] = encode(logits_NK[start : start + _GROUP], output)
+        columns["logits"] = _encode(logits_NK, start, output)
         batches.append(pa.record_batch([columns[field.name] for field in schema], schema=schema))
     return batches
 
@@ -96,9 +102,7 @@ def _report(rows: pa.Table, logits_NK: NDArray[np.float32], kind: str) -> None:
             hashlib.sha256(path.read_bytes()).hexdigest()
 
         stages = {
-            "encode": lambda: [
-                encode(logits_NK[start : start + _GROUP], output) for start in range(0, num_rows, _GROUP)
-            ],
+            "encode": lambda: [_encode(logits_NK, start, output) for start in range(0, num_rows, _GROUP)],
             "write": lambda: _write(batches, folder),
             "hash": digests,
             "read": lambda: pq.read_table(path, use_threads=False),
@@ -117,7 +121,7 @@ def run() -> None:
     titles = "".join(f"{stage:>8}" for stage in _STAGES)
     for teacher, kinds in (
         (ten_classes(), ("fp32", "fp16", "int8", "topk:4")),
-        (thousand_classes(), ("fp32", "fp16", "int8", "int8t", "int4", "topk:10", "topk:100")),
+        (thousand_classes(), ("fp32", "fp16", "int8", "int8t", "int4", "topk:10", "topk:100", "sampled:21@3")),
     ):
         logits_NK = teacher.logits("mixed")
         url = BENCH / f"{teacher.name}-mixed"

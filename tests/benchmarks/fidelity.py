@@ -11,17 +11,20 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.build.statistics import kl_sum, pearson_sum
-from pipeline.cache.format.codec import decode, encode, row_bytes, stored_outputs
+from pipeline.cache.build.statistics import kl_sum, pearson_sum, total_variation_sum
+from pipeline.cache.format.codec import RowIdentity, decode, encode, row_bytes, stored_outputs
 from pipeline.tasks import OutputSpec
 from tests.benchmarks.teachers import ten_classes, thousand_classes
-from tests.pipeline.cache.format.codec.kinds import teacher_like
+from tests.pipeline.cache.format.codec.kinds import softmax, teacher_like
 
 Matrix = NDArray[np.float32]
 _FEW = ("fp32", "fp16", "int8", "topk:4", "topk:5", "topk:6")
 _MANY = ("fp32", "fp16", "int8", "int8t", "int4", "topk:5", "topk:10", "topk:20", "topk:50", "topk:100", "topk:188")
 _NUMBERS_OF_CLASSES = (256, 1000, 5000, 21_841)
 _ENTRY_BYTES = 4
+# At equal bytes: 65 to 68, and 137 to 140.
+_PARTS = ("topk:20", "sampled:21@1", "sampled:21@4", "topk:44", "sampled:45@1", "sampled:45@4")
+_NUMBERS_OF_VIEWS = (1, 2, 10, 50)
 
 
 def _stored(exact_NK: Matrix, kind: str) -> tuple[int, Callable[[float], Matrix]]:
@@ -67,12 +70,35 @@ def _table(title: str, exact_NK: Matrix, kinds: tuple[str, ...]) -> None:
             _line(f" published:{k}", k * _ENTRY_BYTES, exact_NK, _published(exact_NK, k))
 
 
+def _mean_of_views(title: str, exact_NK: Matrix) -> None:
+    """Total variation between the exact probabilities and the mean of what views of equal logits store."""
+    titles = "".join(f"{f'V={number}':>9}" for number in _NUMBERS_OF_VIEWS)
+    print(f"  {title}: total variation of the mean over V views\n    {'':<14}{'bytes':>6}{'T':>4}{titles}")
+    for kind in _PARTS:
+        (output,) = stored_outputs([OutputSpec("logits", (exact_NK.shape[1],), kind)])
+        for temperature in output.temperatures if kind.startswith("sampled") else (1.0, 4.0):
+            sum_NK = np.zeros(exact_NK.shape)
+            errors: list[float] = []
+            for view in range(_NUMBERS_OF_VIEWS[-1]):
+                rows = RowIdentity([str(row) for row in range(len(exact_NK))], view)
+                column = encode(exact_NK, output, identity=rows)
+                sum_NK += softmax(decode(column, output, temperature=temperature), temperature)
+                if view + 1 in _NUMBERS_OF_VIEWS:
+                    mean_NK = (temperature * np.log(np.maximum(sum_NK / (view + 1), 1e-30))).astype(np.float32)
+                    errors.append(total_variation_sum(exact_NK, mean_NK, temperature) / len(exact_NK))
+            figures = "".join(f"{error:>9.4f}" for error in errors)
+            print(f"    {kind:<14}{row_bytes(output):>6}{temperature:>4g}{figures}", flush=True)
+
+
 def run() -> None:
     for num_classes in _NUMBERS_OF_CLASSES:
         _table(f"synthetic, {num_classes} classes", teacher_like(500, num_classes), ("fp16", "int8", "int8t", "int4"))
+    _mean_of_views("synthetic, 1000 classes", teacher_like(200, 1000))
     for teacher, kinds in ((ten_classes(), _FEW), (thousand_classes(), _MANY)):
         for views in ("clean", "mixed"):
             logits_NK = teacher.logits(views)
+            if teacher.num_classes > len(_MANY):
+                _mean_of_views(f"{teacher.name}, {views}", logits_NK[:200])
             _table(f"{teacher.name} (top-1 {teacher.top1:.1%}), {views}", logits_NK, kinds)
             if teacher.num_classes > len(_MANY) and views == "clean":
                 # Half the temperature: as sure of itself as teachers of ImageNet are on what they were trained with.

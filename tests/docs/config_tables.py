@@ -24,7 +24,8 @@ _HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
 _TABLE = re.compile(rf"^{re.escape(_HEAD)}((?:\| .*\n)*)", re.MULTILINE)
 # Types that the annotation does not tell: a text with a pattern, and what a validator adds.
 _TYPES = {
-    "cache.logits": "`auto` or `fp32` or `fp16` or `int8` or `int8t` or `int4` or `topk:k` or `head` or `none`",
+    "cache.logits": "`auto` or `fp32` or `fp16` or `int8` or `int8t` or `int4` or `topk:k` or `sampled:n@T` or `head` "
+    "or `none`",
     "cache.class_means": "`none` or `eval` or `view0` or URL",
     "teacher.standardize": "`none` or `mean_std` or `phi_s`, or a list of these",
     "loss.name": "text",

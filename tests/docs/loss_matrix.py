@@ -25,7 +25,7 @@ _REQUIRED = {"review_kd": {"student_layers": ["a"], "teacher_layers": ["b"]}}
 def filled(text: str) -> str:
     """The page with the table of the code."""
     rows = [f"| [`{name}`]({_DESCRIBED}{name}) | {' | '.join(_cells(name))} |" for name in losses()]
-    head = ["loss", *_TARGETS, "labels", "of the teacher", "relates rows"]
+    head = ["loss", *_TARGETS, "labels", "of the teacher", "sampled logits", "relates rows"]
     table = "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
     return re.sub(r"^\| loss \| K classes.*?(?=\n\n)", table, text, count=1, flags=re.MULTILINE | re.DOTALL)
 
@@ -40,6 +40,7 @@ def _cells(name: str) -> list[str]:
         *("no" if loss is None or two_class_heads(loss) else "yes" for loss in composed.values()),
         "yes" if loss.targets else "no",
         ", ".join(needs) or "nothing",
+        "no" if any(map(loss.terms_without_samples, loss.teacher_outputs)) else "yes",
         "yes" if _section(name).relates_rows else "no",
     ]
 

@@ -30,7 +30,7 @@ from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.build.shard_index import StoredIndex, find_index, publish_new_index
 from pipeline.cache.build.statistics import StatisticsSum
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import column_of, encode, row_bytes, with_column
+from pipeline.cache.format.codec import RowIdentity, column_of, encode, row_bytes, with_column
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.core.threads import prefetch
@@ -156,7 +156,7 @@ class PartBuild:
         for position, (view, outputs) in enumerate(zip(self.rendering.view_numbers, by_view, strict=True)):
             self._check_finite(group, view, outputs)
             writer.add(view, self.record_batch(group, position, view, outputs))
-            self.statistics.add(group, outputs)
+            self.statistics.add(group, outputs, view=view)
         if holds_class_sums(self.context.cache.class_means, self.task.block):
             self._check_labelled(group)
             task = self.rendering.task
@@ -207,8 +207,9 @@ class PartBuild:
             "pixel_digest": digests,
             "pixel_mean": means,
         }
+        keys, identity = [sample.key for sample in group.samples], RowIdentity(group.sample_ids, view)
         for output in with_column(self.context.header.outputs):
-            columns[output.name] = encode(outputs[output.name], output, keys=[sample.key for sample in group.samples])
+            columns[output.name] = encode(outputs[output.name], output, keys=keys, identity=identity)
         if PIXELS in self.schema.names:
             columns |= _stored_pixels(group, position)
         return pa.record_batch([pa.array(columns[item.name], item.type) for item in self.schema], schema=self.schema)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.augment.params import sample_keys
-from pipeline.cache.format.codec import LinearHead, column_name, decode, encode
+from pipeline.cache.format.codec import LinearHead, RowIdentity, column_name, decode, encode, is_sampled
 from pipeline.tasks import Task, TeacherOutputs, output_roles, task_of
 from pipeline.tasks.classification import predicted_classes
 from pipeline.teacher.rendering import GroupViews
@@ -31,8 +31,12 @@ class _Fidelity:
     pearson_sum: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_TEMPERATURES, 0.0))
     embedding_cosine_sum: float = 0.0
     token_cosine_sum: float = 0.0
+    total_variation_sum: float = 0.0
 
-    def add_logits(self, exact: TeacherOutputs, output: Output, head: LinearHead | None) -> None:
+    def add_logits(self, exact: TeacherOutputs, output: Output, head: LinearHead | None, identity: RowIdentity) -> None:
+        if is_sampled(output):
+            self._add_samples(exact[output.name], output, identity)
+            return
         exact_NK, name = exact[output.name], column_name(output)
         column = encode(exact[name], output if head is None else head.stored)
         flips_N = predicted_classes(exact_NK) != predicted_classes(decode(column, output, head=head))
@@ -42,17 +46,24 @@ class _Fidelity:
             self.kl_sum[key] += kl_sum(exact_NK, stored_NK, temperature)
             self.pearson_sum[key] += pearson_sum(exact_NK, stored_NK, temperature)
 
-    def add_embedding(self, exact: TeacherOutputs, output: Output, _head: LinearHead | None) -> None:
+    def _add_samples(self, exact_NK: NDArray[np.float32], output: Output, identity: RowIdentity) -> None:
+        """The KL of a row is infinite, since classes are missing."""
+        (temperature,) = output.temperatures
+        stored_NK = decode(encode(exact_NK, output, identity=identity), output, temperature=temperature)
+        self.argmax_flips += int((predicted_classes(exact_NK) != predicted_classes(stored_NK)).sum())
+        self.total_variation_sum += total_variation_sum(exact_NK, stored_NK, temperature)
+
+    def add_embedding(self, exact: TeacherOutputs, output: Output, *_: object) -> None:
         exact_ND = exact[output.name]
         self.embedding_cosine_sum += cosine_sum(exact_ND, decode(encode(exact_ND, output), output))
 
-    def add_tokens(self, exact: TeacherOutputs, output: Output, _head: LinearHead | None) -> None:
+    def add_tokens(self, exact: TeacherOutputs, output: Output, *_: object) -> None:
         exact_NPD = exact[output.name]
         stored_NPD, (num_tokens, width) = decode(encode(exact_NPD, output), output), output.shape
         self.token_cosine_sum += cosine_sum(exact_NPD.reshape(-1, width), stored_NPD.reshape(-1, width)) / num_tokens
 
 
-_MEASURES: dict[str, Callable[[_Fidelity, TeacherOutputs, Output, LinearHead | None], None]] = {
+_MEASURES: dict[str, Callable[[_Fidelity, TeacherOutputs, Output, LinearHead | None, RowIdentity], None]] = {
     "class": _Fidelity.add_logits,
     "embedding": _Fidelity.add_embedding,
     "tokens": _Fidelity.add_tokens,
@@ -73,25 +84,30 @@ class StatisticsSum:
         ]
         self._task_sums, self._fidelity, self._head = task.accumulate(), _Fidelity(), head
 
-    def add(self, group: GroupViews, outputs: TeacherOutputs) -> None:
+    def add(self, group: GroupViews, outputs: TeacherOutputs, *, view: int) -> None:
         """Adds one view of one group. The task's statistics are of images that are not mixed."""
         if not group.mixes:
             self._task_sums.add(outputs, group.targets)
-        self.add_fidelity(group.sample_ids, outputs)
+        self.add_fidelity(RowIdentity(group.sample_ids, view), outputs)
 
-    def add_fidelity(self, sample_ids: Sequence[str], outputs: TeacherOutputs) -> None:
+    def add_fidelity(self, rows: RowIdentity, outputs: TeacherOutputs) -> None:
         """Adds the sampled ones of some rows of a view to the fidelity alone."""
         # Keyed by the sample, so that the same rows are measured for any order of work.
-        chosen_N = sample_keys(0, sample_ids)[:, 0] % np.uint64(_SAMPLE_ONE_IN) == 0
+        chosen_N = sample_keys(0, rows.sample_ids)[:, 0] % np.uint64(_SAMPLE_ONE_IN) == 0
         if not chosen_N.any():
             return
         self._fidelity.fidelity_rows += int(chosen_N.sum())
         chosen = {name: values[chosen_N] for name, values in outputs.items()}
+        identity = rows.take(np.flatnonzero(chosen_N))
         for measure, output in self._measured:
-            measure(self._fidelity, chosen, output, self._head)
+            measure(self._fidelity, chosen, output, self._head, identity)
 
     def result(self) -> Statistics:
-        return Statistics(**self._task_sums.result(), **asdict(self._fidelity))
+        fidelity = asdict(self._fidelity)
+        if any(is_sampled(output) for _, output in self._measured):
+            # Not zeros, which would be those of equal logits.
+            fidelity |= {"kl_sum": {}, "pearson_sum": {}}
+        return Statistics(**self._task_sums.result(), **fidelity)
 
 
 class StatisticsFold:
@@ -101,7 +117,8 @@ class StatisticsFold:
         self._task_sums = task.accumulate()
         self._num_rows = self._num_flips = 0
         self._kl, self._pearson = ({key: array("d") for key in _TEMPERATURES} for _ in range(2))
-        self._cosine, self._token_cosine = array("d"), array("d")
+        self._cosine, self._token_cosine, self._total_variation = array("d"), array("d"), array("d")
+        self._has_kl = False
 
     def add(self, part: Statistics) -> None:
         self._task_sums.add_part(part)
@@ -112,6 +129,8 @@ class StatisticsFold:
                 values.append(part_sums.get(key, 0.0))
         self._cosine.append(part.embedding_cosine_sum)
         self._token_cosine.append(part.token_cosine_sum)
+        self._total_variation.append(part.total_variation_sum)
+        self._has_kl |= bool(part.kl_sum)
 
     def result(self) -> Statistics:
         # Not a running sum: Python's ``sum`` compensates for rounding from 3.12 on.
@@ -119,25 +138,28 @@ class StatisticsFold:
             **self._task_sums.result(),
             fidelity_rows=self._num_rows,
             argmax_flips=self._num_flips,
-            kl_sum={key: float(sum(values)) for key, values in self._kl.items()},
-            pearson_sum={key: float(sum(values)) for key, values in self._pearson.items()},
+            kl_sum={key: float(sum(values)) for key, values in self._kl.items()} if self._has_kl else {},
+            pearson_sum={key: float(sum(values)) for key, values in self._pearson.items()} if self._has_kl else {},
             embedding_cosine_sum=float(sum(self._cosine)),
             token_cosine_sum=float(sum(self._token_cosine)),
+            total_variation_sum=float(sum(self._total_variation)),
         )
 
 
 def mean_fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
     """Means over sampled rows of stored against fp32 outputs: KL and 1 − correlation at each temperature, share of rows
-    with another largest class, cosine of embeddings and of single tokens. None or empty for outputs that are not
-    stored."""
+    with another largest class, cosine of embeddings and of single tokens; of sampled logits, total variation in place
+    of the first two. None or empty for outputs that are not stored."""
     roles = output_roles(task_of(header.data))
     measured = {roles.get(output.name) for output in header.outputs}
+    samples = any(map(is_sampled, header.outputs))
     logits, embedding, tokens = (
         statistics.fidelity_rows if role in measured else 0 for role in ("class", "embedding", "tokens")
     )
     return {
         "kl_nats": {key: total / logits for key, total in statistics.kl_sum.items()} if logits else {},
         "pearson": {key: total / logits for key, total in statistics.pearson_sum.items()} if logits else {},
+        "total_variation": statistics.total_variation_sum / logits if logits and samples else None,
         "argmax_flips": statistics.argmax_flips / logits if logits else None,
         "embedding_cosine": statistics.embedding_cosine_sum / embedding if embedding else None,
         "token_cosine": statistics.token_cosine_sum / tokens if tokens else None,
@@ -148,6 +170,12 @@ def kl_sum(exact_NK: NDArray[np.float32], stored_NK: NDArray[np.float32], temper
     """Nats: KL divergence of the softmax at T of the stored logits from that of the exact logits, summed over rows."""
     log_p, log_q = (_log_softmax(values, temperature) for values in (exact_NK, stored_NK))
     return float((np.exp(log_p) * (log_p - log_q)).sum())
+
+
+def total_variation_sum(exact_NK: NDArray[np.float32], stored_NK: NDArray[np.float32], temperature: float) -> float:
+    """Half the sum of the differences between the softmaxes at T of a row, which is 0 to 1; summed over rows."""
+    p, q = (np.exp(_log_softmax(values, temperature)) for values in (exact_NK, stored_NK))
+    return float(np.abs(p - q).sum() / 2)
 
 
 def pearson_sum(exact_NK: NDArray[np.float32], stored_NK: NDArray[np.float32], temperature: float) -> float:

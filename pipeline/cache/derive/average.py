@@ -23,6 +23,7 @@ from pipeline.cache.derive.derivation import (
     Run,
     blocks_of,
     check_equal,
+    check_logits,
     check_several,
     derive,
     fetch,
@@ -33,7 +34,16 @@ from pipeline.cache.derive.derivation import (
     row_chunks,
     source_commit,
 )
-from pipeline.cache.format.codec import config_key, decode, depends_on_temperature, encode, row_bytes, stored_outputs
+from pipeline.cache.format.codec import (
+    RowIdentity,
+    config_key,
+    decode,
+    depends_on_temperature,
+    encode,
+    is_sampled,
+    row_bytes,
+    stored_outputs,
+)
 from pipeline.cache.format.header import plan_of
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError, ConfigError
@@ -98,6 +108,7 @@ def averaged_header(sources: Sequence[TeacherCache], request: AverageRequest) ->
         code="cache.average-differs",
         next_step="build both over the same shards, with one data and one views section",
     )
+    check_logits(sources[0].header, request.logits)
     outputs = [_averaged_output(output, request) for output in _logits_of(sources[0])]
     teacher = _averaged_teacher([cache.header.teacher for cache in sources], request)
     teacher["average"]["fingerprints"] = [cache.header.fingerprint for cache in sources]
@@ -168,8 +179,18 @@ def _logits_of(cache: TeacherCache) -> list[Output]:
 
 def _averaged_output(output: Output, request: AverageRequest) -> Output:
     (found,) = stored_outputs([OutputSpec(output.name, output.shape, request.logits)])
+    if request.temperature is None:
+        return found
+    if is_sampled(found) and found.temperatures != (request.temperature,):
+        raise ConfigError(
+            "probabilities at one temperature are sampled at another",
+            code="config.average-temperature",
+            where="--logits, --temperature",
+            got=f"{request.logits}, --temperature {request.temperature:g}",
+            expected="one temperature",
+        )
     # Readers refuse other temperatures than this one.
-    return found if request.temperature is None else found.model_copy(update={"temperatures": (request.temperature,)})
+    return found.model_copy(update={"temperatures": (request.temperature,)})
 
 
 def _averaged_teacher(teachers: Sequence[dict[str, Any]], request: AverageRequest) -> dict[str, Any]:
@@ -245,8 +266,11 @@ class BlockAverager:
         self._index, self.chunk_rows = indexes[0], plan_of(header).mix_group
         self._mixes = plan_of(header).mixes
         self._sample_ids = self._index.sample_ids(self._index.ok)
-        # The fidelity is measured at all temperatures, also of outputs that serve one.
-        measured = [output.model_copy(update={"temperatures": ()}) for output in header.outputs]
+        # The fidelity is measured at all temperatures, also of outputs that serve one; but not that of samples.
+        measured = [
+            output if is_sampled(output) else output.model_copy(update={"temperatures": ()})
+            for output in header.outputs
+        ]
         self._statistics = StatisticsSum(measured if self._is_fixed(header) else header.outputs, self._index.task)
         self._task_sums = self._index.task.accumulate()
 
@@ -272,7 +296,7 @@ class BlockAverager:
             chunks = [chunk for _, chunk in found]
             for number, chunk in enumerate(chunks[1:], start=1):
                 self._check_same(chunks[0], chunk, number, view)
-            yield view, self._average(chunks, slice(start, start + len(chunks[0])))
+            yield view, self._average(chunks, slice(start, start + len(chunks[0])), view)
             start += len(chunks[0])
 
     def _own(self, number: int) -> set[str]:
@@ -301,8 +325,9 @@ class BlockAverager:
                 "compute the same pixels",
             )
 
-    def _average(self, chunks: Sequence[pa.Table], rows: slice) -> pa.RecordBatch:
+    def _average(self, chunks: Sequence[pa.Table], rows: slice, view: int) -> pa.RecordBatch:
         average, sample_ids = self._header.teacher["average"], self._sample_ids[rows]
+        identity = RowIdentity(sample_ids, view)
         temperature, weights = average["temperature"], average["weights"]
         columns = {name: chunks[0][name].combine_chunks() for name in self.schema.names}
         columns[_NORM] = pa.array(np.zeros(len(sample_ids), np.float32))
@@ -316,8 +341,8 @@ class BlockAverager:
             means[output.name] = (
                 mean_logits(logits, weights) if temperature is None else mean(logits, weights, temperature)
             )
-            columns[output.name] = encode(means[output.name], output, keys=sample_ids)
-        self._statistics.add_fidelity(sample_ids, means)
+            columns[output.name] = encode(means[output.name], output, keys=sample_ids, identity=identity)
+        self._statistics.add_fidelity(identity, means)
         # Of mixed images there are no hits; a group of one row is never mixed.
         if not self._mixes or len(sample_ids) == 1:
             targets = {name: values[rows] for name, values in self._index.ok_targets.items()}

@@ -23,6 +23,7 @@ from pipeline.cache.derive.derivation import (
     Item,
     Run,
     blocks_of,
+    check_logits,
     derive,
     fetch,
     manifest_sha256,
@@ -32,7 +33,15 @@ from pipeline.cache.derive.derivation import (
     row_chunks,
     source_commit,
 )
-from pipeline.cache.format.codec import config_key, decode, depends_on_temperature, encode, row_bytes, stored_outputs
+from pipeline.cache.format.codec import (
+    RowIdentity,
+    config_key,
+    decode,
+    depends_on_temperature,
+    encode,
+    row_bytes,
+    stored_outputs,
+)
 from pipeline.cache.format.header import plan_of
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError, ConfigError
@@ -43,7 +52,7 @@ from schemas.cache_format import Commit, Derived, FileRef, Header, Manifest, Out
 
 _HEAD = "head"
 _FIELDS = {
-    "class": ("kl_sum", "pearson_sum", "argmax_flips"),
+    "class": ("kl_sum", "pearson_sum", "total_variation_sum", "argmax_flips"),
     "embedding": ("embedding_cosine_sum",),
     "tokens": ("token_cosine_sum",),
 }
@@ -100,6 +109,8 @@ def converted_header(source: TeacherCache, encodings: Mapping[str, str]) -> Head
     changed = {key: kinds for key, kinds in changed.items() if kinds[0] != kinds[1]}
     for key, (stored, kind) in changed.items():
         _check_convertible(source, key, stored, kind)
+    if "logits" in changed:
+        check_logits(old, changed["logits"][1])
     teacher = _converted_teacher(old.teacher, changed)
     outputs = [found for output in old.outputs if (found := _converted_output(output, changed)) is not None]
     return old.model_copy(
@@ -260,17 +271,17 @@ class BlockConverter:
         start, last_view = 0, None
         for view, chunk in row_chunks(self._part, self._commit, self.chunk_rows):
             start, last_view = (start if view == last_view else 0), view
-            yield view, self._convert(chunk, self._sample_ids[start : start + len(chunk)])
+            yield view, self._convert(chunk, RowIdentity(self._sample_ids[start : start + len(chunk)], view))
             start += len(chunk)
 
-    def _convert(self, chunk: pa.Table, sample_ids: Sequence[str]) -> pa.RecordBatch:
+    def _convert(self, chunk: pa.Table, rows: RowIdentity) -> pa.RecordBatch:
         columns = {name: chunk[name].combine_chunks() for name in self.schema.names}
         decoded: dict[str, NDArray[np.float32]] = {}
         for name, (old, new) in self._pairs.items():
             if new is not None:
                 decoded[name] = decode(columns[name], old)
-                columns[name] = encode(decoded[name], new, keys=sample_ids)
-        self._fidelity.add_fidelity(sample_ids, decoded)
+                columns[name] = encode(decoded[name], new, keys=rows.sample_ids, identity=rows)
+        self._fidelity.add_fidelity(rows, decoded)
         return pa.record_batch([*columns.values()], schema=self.schema)
 
     def statistics(self) -> Statistics:

@@ -44,7 +44,9 @@ from pipeline.core.errors import CacheError, ConfigError
 from pipeline.core.hashing import differences, digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.publish import index_name
+from pipeline.tasks import task_of
 from schemas.cache_format import PIXELS, Commit, FileRef, Header, Manifest, ViewBlock
+from schemas.config import CacheConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +247,16 @@ def publish_same(derivation: Derivation, source_url: str, ref: FileRef | None, s
     """Publishes a file of a source in the destination under the same path."""
     if ref is not None:
         storage.put(fetch(source_url, ref, scratch), storage.join(derivation.destination, ref.path))
+
+
+def check_logits(header: Header, kind: str) -> None:
+    """
+    Raises:
+        ConfigError: ``cache.logits`` does not fit the heads of the teacher.
+    """
+    task = task_of(header.data)
+    widths = {output.name: output.shape[-1] for output in header.outputs} | {task.embedding: header.embedding_dim}
+    task.outputs(CacheConfig.model_validate({"url": "", "logits": kind}), widths)
 
 
 def publish_part(

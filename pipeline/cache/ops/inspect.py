@@ -67,6 +67,7 @@ class CacheReport:
     teacher_by_domain: dict[str, dict[str, float | None]]
     kl_nats: dict[str, float]
     pearson: dict[str, float]
+    total_variation: float | None
     argmax_flips: float | None
     embedding_cosine: float | None
     token_cosine: float | None

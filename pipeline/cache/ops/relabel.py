@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.cache.build.imported_means import imported_sha256
 from pipeline.cache.build.manifest import publish_shards, read_manifest, read_table, relative, write_manifest
 from pipeline.cache.format import layout
+from pipeline.cache.format.codec import is_sampled
 from pipeline.cache.read.labels import reading_rules
 from pipeline.cache.read.reader import ShardEntry, TeacherCache, open_cache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
@@ -188,7 +189,9 @@ def _with_labels(index: ShardIndex, data: DataConfig, local: Path, *, where: str
 def _target_statistics(cache: TeacherCache, shard: ShardEntry, index: ShardIndex) -> Statistics:
     """From the stored outputs of view 0; empty if its images are mixed. One view suffices for the accuracy."""
     names = index.task.statistics_outputs
-    lacks_output = any(cache.header.output(name) is None for name in names)
+    stored = [cache.header.output(name) for name in names]
+    # Samples do not show the order of the classes.
+    lacks_output = any(output is None or is_sampled(output) for output in stored)
     if cache.header.views["kind"] == "function_matching" or lacks_output or not index.num_ok:
         return Statistics()
     columns = cache.view(shard.shard_id, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
+from pipeline.cache.format.codec import sampled_temperature
 from pipeline.cache.format.header import planned_views, stored_views
 from pipeline.cache.plan.build_plan import CachePlan, outputs_of
 from pipeline.cache.plan.class_warnings import class_range, sorted_by_class
@@ -17,6 +18,7 @@ from pipeline.tasks import task_of
 from pipeline.teacher.tokens import DEFAULT_LAYER
 
 _MANY_CLASSES = 1000
+_MIN_VIEWS_OF_SAMPLES = 10
 _MANY_OBJECTS = 1_000_000
 _MANY_READS = 5
 _LARGE_GROUP_BYTES = 4e9
@@ -90,6 +92,16 @@ def _int8_resolution(inputs: PlanInputs, plan: CachePlan) -> str | None:
     return None
 
 
+def _few_views_of_samples(inputs: PlanInputs, _: CachePlan) -> str | None:
+    num_views = inputs.config.views.count
+    if sampled_temperature(inputs.cache.logits) is None or num_views >= _MIN_VIEWS_OF_SAMPLES:
+        return None
+    return (
+        f"cache.logits={inputs.cache.logits} stores samples, whose errors average out over views, and there are "
+        f"{num_views}; views.count of {_MIN_VIEWS_OF_SAMPLES} or more, or cache.logits=int8t, is closer to the teacher"
+    )
+
+
 def _many_objects(inputs: PlanInputs, plan: CachePlan) -> str | None:
     if plan.traffic.num_objects <= _MANY_OBJECTS:
         return None
@@ -140,6 +152,7 @@ _SIZE_CHECKS: _Checks = (
     _missing_labels,
     _missing_domains,
     _int8_resolution,
+    _few_views_of_samples,
     _many_objects,
     _many_reads,
     _large_groups,

@@ -34,6 +34,7 @@ from pipeline.cache.format.codec import (
     decode,
     depends_on_temperature,
     is_fixed,
+    is_sampled,
     row_bytes,
     with_column,
 )
@@ -262,7 +263,7 @@ class PartCheck:
                 self._add_sums(values_MD, view, rows, output)
                 if self._moments is not None:
                     self._content.moment_sums_3 += self._moments.sums(values_MD, view)
-            if self._recount is not None:
+            if self._recount is not None and not is_sampled(output):
                 exact = output.dtype.startswith("float") and not depends_on_temperature(output)
                 exact = exact and not self._decoded_from(output)
                 self._recount.add_outputs(output.name, values_MD, rows, exact=exact)
@@ -334,9 +335,9 @@ def _digest_of(data: bytes, pixels: str, size: Size) -> bytes | None:
 
 
 def _recount(header: Header, index: ShardIndex, *, mix_group: int) -> Recount:
-    return index.task.recount(
-        index.ok_targets, mix_group=mix_group, outputs=[output.name for output in with_column(header.outputs)]
-    )
+    # Samples do not show the order of the classes.
+    outputs = [output.name for output in with_column(header.outputs) if not is_sampled(output)]
+    return index.task.recount(index.ok_targets, mix_group=mix_group, outputs=outputs)
 
 
 def _array(table: pa.Table, name: str) -> NDArray[Any]:

@@ -26,7 +26,7 @@ from pipeline.cache.build.context import BuildContext
 from pipeline.cache.build.header_claim import MAX_DRIFT, check_same
 from pipeline.cache.build.manifest import read_table
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import column_name, decode, encode, with_column
+from pipeline.cache.format.codec import RowIdentity, column_name, decode, encode, is_fixed, is_sampled, with_column
 from pipeline.cache.format.header import replayable_plan
 from pipeline.cache.read.reader import ShardEntry, TeacherCache, open_cache
 from pipeline.cache.verify.images import ShardImages, single_view
@@ -189,7 +189,7 @@ class _RowSampler:
             boxes_VN4 = cutmix_boxes(group.aug_params_VN)
             for position, ordinal in enumerate(unit):
                 stored = {
-                    name: stored_rows.take(np.array([ordinal])).decode()[0]
+                    name: stored_rows.take(np.array([ordinal])).decode(temperature=_temperature(stored_rows.output))[0]
                     for name, stored_rows in columns.outputs.items()
                     if column_name(stored_rows.output) == name
                 }
@@ -254,18 +254,22 @@ def _compare(rows: list[_Row], context: BuildContext, findings: Findings) -> Rec
     drift = MAX_DRIFT[context.teacher.precision]
     differs_N, largest = np.zeros(len(rows), np.bool_), 0.0
     same_N = np.array([row.same_environment for row in rows])
+    identity = RowIdentity([f"{row.shard}/{row.key}" for row in rows], np.array([row.view for row in rows]))
     for output in with_column(context.header.outputs):
-        scale = max(float(new[output.name].std()), 1e-6)
+        deviation = max(float(new[output.name].std()), 1e-6)
+        scale = 1.0 if is_sampled(output) else deviation
         stored_ND = np.stack([row.stored[output.name].ravel() for row in rows])
         new_ND = new[output.name].reshape(len(rows), -1)
-        off_N, allowed_N = distance(stored_ND, new_ND, output, drift=drift * scale, same_N=same_N)
-        _add_problems(rows, output.name, off_N / scale, allowed_N / scale, findings)
+        off_N, allowed_N = distance(
+            stored_ND, new_ND, output, drift=drift * deviation, same_N=same_N, identity=identity
+        )
+        _add_problems(rows, output, off_N / scale, allowed_N / scale, findings)
         differs_N |= off_N > 0
         largest = max(largest, float(off_N.max()) / scale)
     embedding = task_of(context.config.data).embedding
     norm_N = np.linalg.norm(new[embedding].astype(np.float64), axis=1).astype(np.float32)
     off_N = np.abs(norm_N - np.array([row.norm for row in rows])) / np.maximum(norm_N, 1e-6)
-    _add_problems(rows, "embedding_norm", off_N, np.where(same_N, 0.0, drift), findings)
+    _add_problems(rows, None, off_N, np.where(same_N, 0.0, drift), findings)
     differs_N |= off_N > 0
     return Recomputed(
         rows=len(rows),
@@ -282,9 +286,14 @@ def distance(
     *,
     drift: float,
     same_N: NDArray[np.bool_],
+    identity: RowIdentity | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The largest difference of each row from the new outputs, and the allowed one: 0 for rows of ``same_N``."""
-    encoded_ND = decode(encode(new_ND, output), output).reshape(new_ND.shape)
+    """The largest difference of each row from the new outputs, and the allowed one: 0 for rows of ``same_N``. Of
+    sampled logits, those of cumulative probabilities."""
+    encoded_ND = decode(encode(new_ND, output, identity=identity), output, temperature=_temperature(output))
+    encoded_ND = encoded_ND.reshape(new_ND.shape)
+    if is_sampled(output):
+        return _sampled_distance(stored_ND, encoded_ND, new_ND, output.temperatures[0], drift, same_N)
     from_encoded_N, from_new_N = (
         np.abs(stored_ND.astype(np.float64) - values_ND).max(1) for values_ND in (encoded_ND, new_ND)
     )
@@ -293,10 +302,50 @@ def distance(
     return np.where(is_exact_N, from_encoded_N, from_new_N), np.where(same_N, 0.0, encoding_error_N + drift)
 
 
+def _sampled_distance(
+    stored_ND: NDArray[np.float32],
+    encoded_ND: NDArray[np.float32],
+    new_ND: NDArray[np.float32],
+    temperature: float,
+    drift: float,
+    same_N: NDArray[np.bool_],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Probabilities that drift choose other samples, whose sum up to any class differs by one sample and the drift."""
+    stored, encoded, new = (_softmax(values_ND, temperature) for values_ND in (stored_ND, encoded_ND, new_ND))
+    from_encoded_N, from_new_N, error_N = (
+        np.abs((first - second).cumsum(1)).max(1)
+        for first, second in ((stored, encoded), (stored, new), (encoded, new))
+    )
+    is_exact_N = same_N | (from_encoded_N == 0)
+    # A sample is at most twice the error of the encoding, which lies between its two sides. Logits that drift change a
+    # probability by a factor of exp(2 drift / T) at most.
+    allowed_N = 2 * error_N + np.expm1(2 * drift / temperature)
+    return np.where(is_exact_N, from_encoded_N, from_new_N), np.where(same_N, 0.0, allowed_N)
+
+
+def _softmax(values_ND: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    scaled = values_ND.astype(np.float64) / temperature
+    exponentials = np.exp(scaled - scaled.max(1, keepdims=True))
+    return exponentials / exponentials.sum(1, keepdims=True)
+
+
+def _temperature(output: Output) -> float:
+    """At which an output is decoded, where no loss reads it."""
+    return output.temperatures[0] if is_fixed(output) else 1.0
+
+
 def _add_problems(
-    rows: list[_Row], name: str, off_N: NDArray[np.floating], allowed_N: NDArray[np.floating], findings: Findings
+    rows: list[_Row],
+    output: Output | None,
+    off_N: NDArray[np.floating],
+    allowed_N: NDArray[np.floating],
+    findings: Findings,
 ) -> None:
-    unit = "of the norm" if name == "embedding_norm" else "of the standard deviation"
+    """``output`` is None for the norms."""
+    name = "embedding_norm" if output is None else output.name
+    unit = "of the norm" if output is None else "of the standard deviation"
+    if output is not None and is_sampled(output):
+        unit = "of cumulative probability"
     for at in np.flatnonzero(~(off_N <= allowed_N)):
         row = rows[at]
         findings.add(

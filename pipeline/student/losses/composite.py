@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.core.errors import ConfigError, TrainingError
 from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
-from pipeline.student.losses.registry import BY_KIND
+from pipeline.student.losses.registry import BY_KIND, SAMPLED_LOSSES
 from pipeline.tasks import EMBEDDING, TOKENS, HeadKind, Task, TaskHead
 from schemas.config import HeadLossSection, LossConfig, TokenLossSection
 
@@ -235,6 +235,17 @@ class CompositeLoss:
     def terms_that_read(self, name: str) -> list[str]:
         """The keys of the terms that need this output of a teacher."""
         return [term.key for term in self._terms if name in term.names("teacher output")]
+
+    def terms_without_samples(self, name: str) -> list[str]:
+        """The keys of the terms that need this output of a teacher, and all of its classes in each row."""
+        return [
+            term.key
+            for term in self._terms
+            if any(
+                name in binding.names("teacher output") and binding.loss not in SAMPLED_LOSSES
+                for binding in term.bindings
+            )
+        ]
 
     @property
     def student_outputs(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ from pipeline.student.losses.arithmetic import finite_pair, no_autocast
 from pipeline.student.losses.registry import register
 
 
-@register("kd")
+@register("kd", takes_samples=True)
 def kd(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
     """``T² · KL(softmax(teacher/T) ‖ softmax(student/T))`` in nats, mean over the rows; 0 for a batch of no rows.
 

@@ -22,15 +22,25 @@ LOSSES: dict[str, Callable[..., Tensor]] = {}
 """By name, the functions for class heads, and those that take nothing of a head."""
 MULTILABEL_LOSSES: dict[str, Callable[..., Tensor]] = {}
 """By name, the functions for multilabel heads."""
+SAMPLED_LOSSES: set[Callable[..., Tensor]] = set()
+"""Functions that are linear in the probabilities of the teacher, so that samples of these serve on average."""
 BY_KIND: dict[HeadKind, dict[str, Callable[..., Tensor]]] = {"class": LOSSES, "multilabel": MULTILABEL_LOSSES}
 
 
-def register(name: str, *, kind: HeadKind = "class") -> Callable[[LossFunction], LossFunction]:
+def register(
+    name: str, *, kind: HeadKind = "class", takes_samples: bool = False
+) -> Callable[[LossFunction], LossFunction]:
     """Makes a function the loss of the config sections with this ``name``; for a head of another kind the name may have
-    another function. Its module is imported in ``__init__``."""
+    another function. Its module is imported in ``__init__``.
+
+    Args:
+        takes_samples: the gradient is linear in the teacher's probabilities, see ``SAMPLED_LOSSES``.
+    """
 
     def add(loss: LossFunction) -> LossFunction:
         BY_KIND[kind][name] = loss
+        if takes_samples:
+            SAMPLED_LOSSES.add(loss)
         return loss
 
     return add

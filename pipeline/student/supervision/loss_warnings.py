@@ -186,7 +186,7 @@ def _fidelity_warning(header: Header, statistics: Statistics, loss: LossConfig) 
     temperature: float | None = getattr(loss, "temperature", None)
     read = CompositeLoss([loss], task_of(header.data), where="loss").teacher_outputs
     stored = [name for name in read if header.output(name) is not None]
-    if temperature is None or not stored:
+    if temperature is None or not stored or not statistics.kl_sum:
         return None
     sums, unit = (
         (statistics.pearson_sum, "of correlation") if loss.name == "dist" else (statistics.kl_sum, "nats of KL")

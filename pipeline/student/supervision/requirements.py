@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.cache.format.codec import config_key
+from pipeline.cache.format.codec import config_key, sampled_temperature
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
@@ -113,8 +113,8 @@ def requirements_of(loss: CompositeLoss) -> list[Requirement]:
 def check_cached_outputs(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:
     """
     Raises:
-        ConfigError: a cache does not hold what the loss needs. Of several teachers, each may lack heads that another
-            has.
+        ConfigError: a cache does not hold what the loss needs, or holds samples of it that do not suffice. Of several
+            teachers, each may lack heads that another has.
     """
     for requirement in requirements_of(loss):
         with_head = [cache for cache in caches if not requirement.lacks_head(cache)]
@@ -122,6 +122,42 @@ def check_cached_outputs(loss: CompositeLoss, caches: Sequence[TeacherCache]) ->
             raise _no_head(requirement, where=", ".join(redact(cache.url) for cache in caches))
         for cache in with_head:
             requirement.check_stored(cache)
+    for cache in caches:
+        _check_samples(loss, str(cache.header.teacher.get("logits")), where=redact(cache.url))
+
+
+def _check_samples(loss: CompositeLoss, kind: str, *, where: str) -> None:
+    """
+    Args:
+        kind: ``cache.logits``.
+
+    Raises:
+        ConfigError: the logits are sampled, and a loss reads all classes of a row, or another temperature.
+    """
+    temperature = sampled_temperature(kind)
+    logits = {name: read for name, read in loss.teacher_outputs.items() if config_key(name) == "logits"}
+    if temperature is None or not logits:
+        return
+    terms = sorted({term for name in logits for term in loss.terms_without_samples(name)})
+    if terms:
+        raise ConfigError(
+            "a loss reads the logits of all classes, and this cache stores samples of their probabilities",
+            code="loss.needs-all-classes",
+            where=where,
+            got=f"{', '.join(terms)}, with cache.logits={kind}",
+            expected="kd alone, whose gradient is linear in the teacher's probabilities",
+            next_step="leave them out, or build another cache, such as with cache.logits=int8t",
+        )
+    others = sorted({read for found in logits.values() for read in found} - {temperature})
+    if others:
+        raise ConfigError(
+            "a loss reads sampled logits at a temperature at which this cache has no samples",
+            code="cache.other-temperature",
+            where=where,
+            got=f"T = {', '.join(f'{other:g}' for other in others)}, with cache.logits={kind}",
+            expected=f"T = {temperature:g}",
+            next_step="set the temperature of the loss, or build another cache",
+        )
 
 
 def _no_head(requirement: Requirement, *, where: str) -> ConfigError:
@@ -143,6 +179,7 @@ def check_planned_outputs(loss: CompositeLoss, config: Config) -> None:
     assert config.cache is not None
     for requirement in requirements_of(loss):
         requirement.check_planned(config.cache, config.teacher, task_of(config.data))
+    _check_samples(loss, config.cache.logits, where="cache.logits")
 
 
 def check_online_class_means(config: Config, loss: CompositeLoss, spec: SupervisionSpec) -> None:

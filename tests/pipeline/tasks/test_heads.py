@@ -168,13 +168,14 @@ def test_a_data_section_that_contradicts_itself_is_refused(data: dict[str, Any])
         DataConfig.model_validate(data)
 
 
-def test_the_largest_classes_alone_are_not_stored_of_a_multilabel_head() -> None:
-    cache = CacheConfig(url="x", logits="topk:3")
+@pytest.mark.parametrize("kind", ["topk:3", "sampled:3@1"])
+def test_a_part_of_the_classes_is_not_stored_of_a_multilabel_head(kind: str) -> None:
+    cache = CacheConfig(url="x", logits=kind)
     task = task_of(DATA)
     with raises("config.multilabel-topk"):
         task.outputs(cache, task.widths)
     outputs = task.outputs(cache, {"logits.pair": 10, "embedding": 4})
-    assert [(output.name, output.kind) for output in outputs] == [("logits.pair", "topk:3"), ("embedding", "none")]
+    assert [(output.name, output.kind) for output in outputs] == [("logits.pair", kind), ("embedding", "none")]
 
 
 @pytest.fixture(params=["fp32", "int8"])

@@ -1,5 +1,6 @@
 """Rows of floats to fixed-size bytes and back, one file for each encoding."""
 
+from pipeline.cache.format.codec.encoding import RowIdentity
 from pipeline.cache.format.codec.head import LinearHead
 from pipeline.cache.format.codec.rows import (
     check_encodings,
@@ -11,14 +12,17 @@ from pipeline.cache.format.codec.rows import (
     depends_on_temperature,
     encode,
     is_fixed,
+    is_sampled,
     raw_rows,
     row_bytes,
     stored_outputs,
     with_column,
 )
+from pipeline.cache.format.codec.sampled import sampled_temperature
 
 __all__ = [
     "LinearHead",
+    "RowIdentity",
     "check_encodings",
     "check_temperature",
     "column_name",
@@ -28,8 +32,10 @@ __all__ = [
     "depends_on_temperature",
     "encode",
     "is_fixed",
+    "is_sampled",
     "raw_rows",
     "row_bytes",
+    "sampled_temperature",
     "stored_outputs",
     "with_column",
 ]

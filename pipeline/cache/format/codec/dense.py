@@ -18,7 +18,7 @@ def _describe(name: str, width: int, kind: str) -> Output:
     return Output(name=name, shape=(width,), dtype=dtype, encoding="dense", fields=fields)
 
 
-def _pack(values_ND: NDArray[np.float32], rows_N: Rows) -> None:
+def _pack(values_ND: NDArray[np.float32], rows_N: Rows, *_: object) -> None:
     rows_N["values"] = values_ND
 
 

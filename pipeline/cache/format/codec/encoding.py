@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,19 @@ Rows = NDArray[np.void]
 _KNEE = 3.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowIdentity:
+    """Which rows are encoded: their sample ids, and their view, or one for each."""
+
+    sample_ids: Sequence[str]
+    view: int | NDArray[np.integer]
+
+    def take(self, row_M: NDArray[np.integer]) -> RowIdentity:
+        """The rows at these positions."""
+        sample_ids = [self.sample_ids[int(row)] for row in row_M]
+        return RowIdentity(sample_ids, self.view if isinstance(self.view, int) else self.view[row_M])
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """A way to store rows of D fp32 numbers in a fixed number of bytes.
@@ -25,8 +38,8 @@ class Encoding:
         name: the encoding in the header of a cache.
         kinds: the values of ``cache.logits`` and ``cache.embeddings`` that select it, up to a colon.
         describe: the output for (its name, D, the value of the config). Raises ConfigError where D is too small.
-        pack: fills the fields of zeroed rows from [N,D] fp32. A number that does not fit becomes infinite in a float
-            field.
+        pack: fills the fields of zeroed rows from [N,D] fp32, the output, and which rows they are, where the encoding
+            depends on it. A number that does not fit becomes infinite in a float field.
         unpack: [N,D] fp32 as a loss at the given temperature sees them.
         depends_on_temperature: whether ``unpack`` is a function of the temperature.
     """
@@ -34,7 +47,7 @@ class Encoding:
     name: str
     kinds: tuple[str, ...]
     describe: Callable[[str, int, str], Output]
-    pack: Callable[[NDArray[np.float32], Rows], None]
+    pack: Callable[[NDArray[np.float32], Rows, Output, RowIdentity | None], None]
     unpack: Callable[[Rows, Output, float], NDArray[np.float32]]
     depends_on_temperature: bool = False
 

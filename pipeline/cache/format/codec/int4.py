@@ -40,7 +40,7 @@ def _describe(name: str, width: int, kind: str) -> Output:
     return Output(name=name, shape=(width,), dtype="uint8", encoding="int4", fields=fields)
 
 
-def _pack(values_NK: NDArray[np.float32], rows_N: Rows) -> None:
+def _pack(values_NK: NDArray[np.float32], rows_N: Rows, *_: object) -> None:
     ids_Nk = largest(values_NK, _NUM_EXACT + 1)
     largest_Nk = np.take_along_axis(values_NK, ids_Nk, axis=1)
     next_N1, ids_Nk = largest_Nk[:, -1:], ids_Nk[:, :-1]

@@ -20,7 +20,7 @@ def _describe(name: str, width: int, _kind: str) -> Output:
     return Output(name=name, shape=(width,), dtype="uint8", encoding="int8", fields=fields)
 
 
-def _pack(values_ND: NDArray[np.float32], rows_N: Rows) -> None:
+def _pack(values_ND: NDArray[np.float32], rows_N: Rows, *_: object) -> None:
     # The smallest number (of a ReLU's output, zero) and constant rows are decoded exactly.
     offset_N1 = values_ND.min(axis=1, keepdims=True)
     scale_N1 = (values_ND.max(axis=1, keepdims=True) - offset_N1) / np.float32(_MAX_CODE)

@@ -11,18 +11,19 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.cache.format.codec.dense import DENSE
-from pipeline.cache.format.codec.encoding import Encoding, Rows
+from pipeline.cache.format.codec.encoding import Encoding, RowIdentity, Rows
 from pipeline.cache.format.codec.head import HEAD, LinearHead
 from pipeline.cache.format.codec.int4 import INT4
 from pipeline.cache.format.codec.int8 import INT8
 from pipeline.cache.format.codec.int8t import INT8T
+from pipeline.cache.format.codec.sampled import SAMPLED
 from pipeline.cache.format.codec.topk import TOPK
 from pipeline.cache.format.files import empty_cells
 from pipeline.core.errors import CacheError
 from pipeline.tasks import EMBEDDING, OutputSpec
 from schemas.cache_format import Output
 
-_ENCODINGS = (DENSE, INT8, INT8T, INT4, TOPK, HEAD)
+_ENCODINGS = (DENSE, INT8, INT8T, INT4, TOPK, SAMPLED, HEAD)
 _BY_NAME = {encoding.name: encoding for encoding in _ENCODINGS}
 _BY_KIND = {kind: encoding for encoding in _ENCODINGS for kind in encoding.kinds}
 _CONFIG_KEYS = {"embedding": "embeddings"}
@@ -95,8 +96,13 @@ def depends_on_temperature(output: Output) -> bool:
 
 
 def is_fixed(output: Output) -> bool:
-    """Whether the numbers serve the output's ``temperatures`` alone: T · log of mean probabilities at T."""
+    """Whether the numbers serve the output's ``temperatures`` alone: T · log of mean or sampled probabilities at T."""
     return bool(output.temperatures) and not _encoding(output).depends_on_temperature
+
+
+def is_sampled(output: Output) -> bool:
+    """Whether single rows have no probability for most classes, and only their mean has that of all."""
+    return output.encoding == SAMPLED.name
 
 
 def check_temperature(output: Output, temperature: float, *, where: str | None = None) -> None:
@@ -105,18 +111,29 @@ def check_temperature(output: Output, temperature: float, *, where: str | None =
         CacheError: the output serves other temperatures alone.
     """
     if is_fixed(output) and temperature not in output.temperatures:
+        kind = "samples" if is_sampled(output) else "the mean"
         raise CacheError(
-            f"the {output.name} of this cache are the mean of probabilities at one temperature",
+            f"the {output.name} of this cache stand for {kind} of probabilities at one temperature",
             code="cache.other-temperature",
             where=where,
             got=f"T = {temperature:g}",
             expected=f"T = {', '.join(f'{stored:g}' for stored in output.temperatures)}",
-            next_step="set the temperature of the loss, or average logits: stillroom cache average",
+            next_step="set the temperature of the loss, or use a cache whose logits serve all temperatures",
         )
 
 
-def encode(values: NDArray[np.float32], output: Output, *, keys: Sequence[str] = ()) -> pa.Array:
-    """[N,…] fp32 to N little-endian rows. ``keys`` name the rows in the error.
+def encode(
+    values: NDArray[np.float32],
+    output: Output,
+    *,
+    keys: Sequence[str] = (),
+    identity: RowIdentity | None = None,
+) -> pa.Array:
+    """[N,…] fp32 to N little-endian rows.
+
+    Args:
+        keys: names of the rows, for the error.
+        identity: the rows; ``sampled`` needs it.
 
     Raises:
         CacheError: a value is not finite, or would become infinite in the stored type.
@@ -124,7 +141,7 @@ def encode(values: NDArray[np.float32], output: Output, *, keys: Sequence[str] =
     values_ND = values.reshape(len(values), prod(output.shape))
     rows_N = np.zeros(len(values_ND), _row_dtype(output))
     with np.errstate(over="ignore", invalid="ignore"):
-        _encoding(output).pack(values_ND, rows_N)
+        _encoding(output).pack(values_ND, rows_N, output, identity)
     _check_fits(values_ND, rows_N, output, keys)
     return column_of(rows_N.view(np.uint8).reshape(len(rows_N), rows_N.itemsize))
 

@@ -42,7 +42,7 @@ def _describe(name: str, width: int, kind: str) -> Output:
     return Output(name=name, shape=(width,), dtype="uint8", encoding="topk", fields=fields, temperatures=TEMPERATURES)
 
 
-def _pack(values_NK: NDArray[np.float32], rows_N: Rows) -> None:
+def _pack(values_NK: NDArray[np.float32], rows_N: Rows, *_: object) -> None:
     ids_Nk = largest(values_NK, rows_N.dtype["ids"].shape[0])
     largest_Nk = np.take_along_axis(values_NK, ids_Nk, axis=1)
     levels_N4 = _levels(values_NK, ids_Nk)

@@ -83,6 +83,7 @@ def int8_float64(rows: list[bytes]) -> tuple[NDArray[np.float64], NDArray[np.flo
     [
         {"logits": "int8"},
         {"logits": "topk:4", "embeddings": "none"},
+        {"logits": "sampled:3@2", "embeddings": "int8"},
         slow({"logits": "fp16", "embeddings": "int8"}),
         slow({"logits": "none"}),
     ],

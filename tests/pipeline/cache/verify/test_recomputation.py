@@ -65,8 +65,9 @@ def move_to_other_device(cache: TinyCache) -> None:
         slow({"views": {"kind": "crop"}, "teacher": {"precision": "bf16"}}),
         slow({"views": {"mix_group": 5}, "teacher": {"batch_size": 7}}),
         {"views": EVERY_OPTION, "cache": {"logits": "topk:3", "embeddings": "int8"}},
+        {"cache": {"logits": "sampled:2@4", "embeddings": "none"}},
     ],
-    ids=["fp32", "fp16", "crop in bf16", "odd groups and batches", "every option of views"],
+    ids=["fp32", "fp16", "crop in bf16", "odd groups and batches", "every option of views", "sampled"],
 )
 def test_every_row_has_the_same_bits_in_the_environment_of_the_build(
     tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path, overrides: dict[str, Any]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.cache.format.codec import decode, encode, stored_outputs
+from pipeline.cache.format.codec import RowIdentity, decode, encode, stored_outputs
 from pipeline.tasks import OutputSpec
 from schemas.cache_format import Output
 from tests.tolerances import ulps
@@ -15,13 +16,22 @@ def logits_output(kind: str, num_classes: int) -> Output:
     return stored_outputs([OutputSpec("logits", (num_classes,), kind)])[0]
 
 
+def identity_of(values: NDArray[np.float32]) -> RowIdentity:
+    """View 0 of samples that are named by their numbers."""
+    return RowIdentity([row.tobytes().hex() for row in values], 0)
+
+
+def encoded(values: NDArray[np.float32], output: Output) -> pa.Array:
+    return encode(values, output, identity=identity_of(values))
+
+
 def stored(values_NK: NDArray[np.float32], kind: str) -> list[bytes]:
-    return encode(values_NK, logits_output(kind, values_NK.shape[1])).to_pylist()
+    return encoded(values_NK, logits_output(kind, values_NK.shape[1])).to_pylist()
 
 
 def round_trip(values_NK: NDArray[np.float32], kind: str, *, temperature: float = 1.0) -> NDArray[np.float64]:
     output = logits_output(kind, values_NK.shape[1])
-    decoded = decode(encode(values_NK, output), output, temperature=temperature)
+    decoded = decode(encoded(values_NK, output), output, temperature=temperature)
     assert decoded.dtype == np.float32
     assert decoded.shape == values_NK.shape
     return decoded.astype(np.float64)

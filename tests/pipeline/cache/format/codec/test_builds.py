@@ -15,7 +15,7 @@ from tests.pipeline.caches import build
 from tests.pipeline.conftest import TinyConfig
 
 
-@pytest.mark.parametrize("logits", ["topk:10", "int4", "int8t"])
+@pytest.mark.parametrize("logits", ["topk:10", "int4", "int8t", "sampled:10@4"])
 def test_too_few_classes_are_found_before_a_teacher_is_loaded(
     tiny_config: TinyConfig, tmp_path: Path, logits: str
 ) -> None:
@@ -38,7 +38,10 @@ def test_logits_that_do_not_fit_stop_the_build_with_their_keys(
         build(config)
 
 
-@pytest.mark.parametrize("logits", ["int16", "topk", "topk:0", "topk:-1", "topk:1.5", "topk:01"])
+SAMPLED = ("sampled:3", "sampled:0@1", "sampled:3@0", "sampled:3@0.0", "sampled:3@4.0", "sampled:3@04", "sampled:3@-1")
+
+
+@pytest.mark.parametrize("logits", ["int16", "topk", "topk:0", "topk:-1", "topk:1.5", "topk:01", *SAMPLED])
 def test_a_value_that_names_no_encoding_is_refused(tiny_config: TinyConfig, logits: str) -> None:
-    with pytest.raises(ValueError, match=r"expected auto, fp32, fp16, int8, int8t, int4, head, none or topk:k"):
+    with pytest.raises(ValueError, match=r"expected auto, fp32, fp16, int8, int8t, int4, head, none, topk:k"):
         tiny_config(cache={"logits": logits})
