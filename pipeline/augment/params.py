@@ -22,6 +22,7 @@ from pipeline.augment.random_bits import (
     STREAM_BOX,
     STREAM_CANARY,
     STREAM_FLIP_AND_MIX,
+    STREAM_SCALE,
     Floats,
     Ints,
     RandomBits,
@@ -37,6 +38,7 @@ EVAL_VIEW = 65_535
 """The view number of an eval pass; numbers of a plan's views are smaller."""
 
 _CROP_ATTEMPTS = 10
+_MAX_INT32 = 2**31 - 1
 _CANARY_SHARE = 0.001
 
 
@@ -45,7 +47,8 @@ class ViewParams:
     """Views of N samples.
 
     Attributes:
-        box_N4: int32 (left, top, width, height) in pixels of the original after EXIF rotation; inside the image.
+        box_N4: int32 (left, top, width, height) in pixels of the original after EXIF rotation. It begins inside the
+            image; those of ``scale_crop`` and of letterboxes may reach beyond its right and lower edges.
         flip_N: bool; the crop is mirrored left to right after resizing.
         mix_lambda_N: float32 in [0.5, 1], the weight of the row itself; 1 if the plan does not mix. Partners depend on
             the whole shard, so rows without a partner keep their λ until ``unmix``.
@@ -72,14 +75,15 @@ def view_params(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N:
     """Parameters of one view of each of N samples; view numbers may differ between rows.
 
     Args:
-        plan: eval views fit its size, if it has one.
+        plan: eval views fit its size, if it has one; ``scale_crop`` needs it.
         keys_N2: ``sample_keys(plan.seed, …)``.
         views_N: view numbers from 0; online training uses epochs, which may exceed 65,535.
         widths_N, heights_N: pixels of the original after EXIF rotation, at least 1.
     """
     if plan.kind == "eval":
         return eval_params(plan, widths_N, heights_N)
-    box_N4 = _crop_boxes(plan, keys_N2, views_N, widths_N, heights_N)
+    boxes = _scaled_boxes if plan.kind == "scale_crop" else _crop_boxes
+    box_N4 = boxes(plan, keys_N2, views_N, widths_N, heights_N)
     uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_FLIP_AND_MIX)
     flip_N = uniform_N4[:, 0] < plan.flip
     # Beta(1, 1) is uniform. A row has the larger weight, so that it remains a view of its image.
@@ -101,22 +105,30 @@ def sample_views(
 
 
 def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints, size: Size | None = None) -> ViewParams:
-    """A centred crop of the input's aspect ratio, neither flipped nor mixed, without the options of the plan.
+    """A centred crop of the input's aspect ratio, or by ``eval_box: letterbox`` a box from the upper left around the
+    whole image; neither flipped nor mixed, without the options of the plan.
 
-    Its width is ``rint(crop_fraction * (short / h))`` in float64 (halves to even), at least 1, for an input of h x w
-    pixels and ``short = min(width * h, height * w)``; its height is the same with w in place of h. Left and top are
-    half of what remains, rounded down.
+    The width of the crop is ``rint(crop_fraction * (short / h))`` in float64 (halves to even), at least 1, for an input
+    of h x w pixels and ``short = min(width * h, height * w)``; its height is the same with w in place of h. Left and
+    top are half of what remains, rounded down.
 
     Args:
         size: of the input; default: that of the plan, else a square.
     """
     widths_N, heights_N = _as_ints(widths_N), _as_ints(heights_N)
     height, width = height_width(size or plan.size or 1)
+    if plan.eval_box == "letterbox":
+        box_width_N, box_height_N = _scaled_sides(_fitting(widths_N, heights_N, height, width), height, width)
+        return _unaugmented(_boxes(np.zeros_like(widths_N), np.zeros_like(heights_N), box_width_N, box_height_N))
     short_N = np.minimum(widths_N * height, heights_N * width)
     box_width_N, box_height_N = (
         np.maximum(_rint(plan.crop_fraction * (short_N / side)), 1) for side in (height, width)
     )
     box_N4 = _boxes((widths_N - box_width_N) // 2, (heights_N - box_height_N) // 2, box_width_N, box_height_N)
+    return _unaugmented(box_N4)
+
+
+def _unaugmented(box_N4: NDArray[np.int32]) -> ViewParams:
     return ViewParams(box_N4, np.zeros(len(box_N4), dtype=np.bool_), np.ones(len(box_N4), dtype=np.float32), {})
 
 
@@ -202,6 +214,42 @@ def _attempt(
     left_M = np.floor(uniform_M4[:, 2] * (widths_M - width_M + 1)).astype(np.int64)
     top_M = np.floor(uniform_M4[:, 3] * (heights_M - height_M + 1)).astype(np.int64)
     return _boxes(left_M, top_M, width_M, height_M), fits_M
+
+
+def _scaled_boxes(
+    plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N: Ints, heights_N: Ints
+) -> NDArray[np.int32]:
+    """What the input shows of the image at a scale, at a uniform place: int32 [N, 4].
+
+    Along an axis on which the image is smaller, the box begins at the edge of the image and reaches beyond it.
+    """
+    assert plan.size is not None, "the boxes of scale_crop depend on the size"
+    height, width = height_width(plan.size)
+    widths_N, heights_N, views_N = _as_ints(widths_N), _as_ints(heights_N), _as_ints(views_N)
+    uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_SCALE)
+    fits_N = _fitting(widths_N, heights_N, height, width) if plan.relative_to == "size" else np.ones(len(keys_N2))
+    box_width_N, box_height_N = _scaled_sides(fits_N / _scales(plan.scale, uniform_N4[:, 0]), height, width)
+    left_N = np.floor(uniform_N4[:, 1] * (np.maximum(widths_N - box_width_N, 0) + 1)).astype(np.int64)
+    top_N = np.floor(uniform_N4[:, 2] * (np.maximum(heights_N - box_height_N, 0) + 1)).astype(np.int64)
+    return _boxes(left_N, top_N, box_width_N, box_height_N)
+
+
+def _scales(scale: tuple[float, ...], uniform_N: Floats) -> Floats:
+    low, high, *step = scale
+    if not step:
+        return uniform_between(low, high, uniform_N)
+    return low + step[0] * np.floor(uniform_N * (round((high - low) / step[0]) + 1))
+
+
+def _fitting(widths_N: Ints, heights_N: Ints, height: int, width: int) -> Floats:
+    """Pixels of the original in one of the input that shows the whole image."""
+    return np.maximum(widths_N / width, heights_N / height)
+
+
+def _scaled_sides(pixels_N: Floats, height: int, width: int) -> tuple[Ints, Ints]:
+    """Width and height of boxes with so many pixels of the original in one of the input."""
+    box_width_N, box_height_N = (np.clip(_rint(side * pixels_N), 1, _MAX_INT32) for side in (width, height))
+    return box_width_N, box_height_N
 
 
 def _central_boxes(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> NDArray[np.int32]:

@@ -6,7 +6,7 @@ The canonical view is the uint8 result of ``apply_view``, which the digest of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,9 +16,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pipeline.augment.effects import apply_options, pixel_edges
+from pipeline.tasks.view_geometry import visible_size
 from schemas.config import Interpolation, Size, height_width
 
 _BLOCKS = 8
+_RESIZES: dict[Interpolation, Callable[..., Tensor]] = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.default,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.default,
+}
 
 
 def apply_view(
@@ -29,6 +34,7 @@ def apply_view(
     *,
     size: Size,
     interpolation: Interpolation,
+    fill: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Crops, resizes with antialiasing, flips, then applies the plan's options.
 
@@ -38,16 +44,24 @@ def apply_view(
 
     Args:
         image_CHW: uint8 [3, H, W].
-        box: (left, top, width, height) in pixels of ``image_CHW``.
+        box: (left, top, width, height) in pixels of ``image_CHW``. It begins inside the image.
         aug_params: see ``apply_options``.
         size: of the result, in pixels.
+        fill: red, green, blue of what is outside of the image (``pipeline.tasks.view_geometry``). Required if the box
+            reaches beyond it.
 
     Returns:
         uint8 [3, height, width] of this size, over H×W×C memory.
     """
     left, top, width, height = (int(value) for value in box)
     crop_HWC = image_CHW[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
-    view_CHW = _resized(crop_HWC, height_width(size), interpolation)
+    if crop_HWC.shape[:2] == (height, width):
+        view_CHW = _resized(crop_HWC, height_width(size), interpolation)
+    else:
+        assert fill is not None, "a view that reaches beyond its image needs a colour"
+        rows, columns = image_CHW.shape[1:]
+        visible = visible_size(box, height_width(size), (rows, columns))
+        view_CHW = _padded(crop_HWC, (height, width), height_width(size), visible, interpolation, fill)
     view_CHW = view_CHW.flip(-1) if flip else view_CHW
     return apply_options(view_CHW, aug_params) if aug_params else view_CHW
 
@@ -62,6 +76,31 @@ def _resized(crop_HWC: Tensor, size: tuple[int, int], interpolation: Interpolati
     # The batch axis is added before the permutation; added after it, the result would not be channels-last.
     crop_1CHW = crop_HWC[None].permute(0, 3, 1, 2)
     return interpolate(crop_1CHW, size, mode=interpolation, antialias=True, align_corners=False)[0]
+
+
+def _padded(
+    crop_HWC: Tensor,
+    box_size: tuple[int, int],
+    size: tuple[int, int],
+    visible: tuple[int, int],
+    interpolation: Interpolation,
+    fill: tuple[int, int, int],
+) -> Tensor:
+    """[3, height, width]: the part of a box that is inside the image, resized like the whole box, on a colour.
+
+    Neither the colour nor pixels that are not visible change visible ones. Sizes are (height, width).
+    """
+    view_HWC = torch.tensor(fill, dtype=torch.uint8).expand(*size, 3).clone()
+    rows, columns = visible
+    if box_size == size:
+        view_HWC[:rows, :columns] = crop_HWC[:rows, :columns]
+    else:
+        resize = _RESIZES[interpolation]
+        crop_1CHW = crop_HWC[None].permute(0, 3, 1, 2)
+        # With these factors as arguments the scale is exactly that of the box, and no quotient of rounded sizes.
+        factors = [pixels / length for pixels, length in zip(size, box_size, strict=True)]
+        view_HWC[:rows, :columns] = resize(crop_1CHW, visible, False, *factors)[0].permute(1, 2, 0)
+    return view_HWC.permute(2, 0, 1)
 
 
 def stack_views(views: Sequence[Tensor], *, spare_bytes: int | None = None) -> Tensor:

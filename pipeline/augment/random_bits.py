@@ -29,6 +29,7 @@ Floats = NDArray[np.float64]
 # The third counter word separates the streams, so that a new augmentation changes no sample of the existing ones.
 STREAM_BOX, STREAM_FLIP_AND_MIX, STREAM_CANARY = 0, 1, 2
 STREAM_JITTER, STREAM_OPS, STREAM_ERASING, STREAM_CUTMIX = 3, 4, 5, 6
+STREAM_SCALE = 7
 
 _ROUNDS = 10
 _BLOCKS_AT_ONCE = 1 << 12

@@ -52,6 +52,7 @@ def render_view(
     quality: int | None,
     size: Size,
     interpolation: Interpolation,
+    fill: tuple[int, int, int],
 ) -> tuple[Tensor, bytes | None]:
     """A view as networks see it: that of ``apply_view``, encoded and decoded by a plan that encodes with loss.
 
@@ -61,7 +62,7 @@ def render_view(
     Returns:
         uint8 [3, H, W], and the JPEG if there is one.
     """
-    view_CHW = apply_view(image_CHW, box, flip, aug_params, size=size, interpolation=interpolation)
+    view_CHW = apply_view(image_CHW, box, flip, aug_params, size=size, interpolation=interpolation, fill=fill)
     if quality is None:
         return view_CHW, None
     data = encode_jpeg(view_CHW, quality)

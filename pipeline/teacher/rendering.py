@@ -323,6 +323,7 @@ def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: R
             quality=rendering.jpeg_quality,
             size=rendering.size,
             interpolation=rendering.interpolation,
+            fill=rendering.plan.fill,
         )
         views_VHWC[view].copy_(view_CHW.permute(1, 2, 0))
         encoded_V += [] if encoded is None else [encoded]

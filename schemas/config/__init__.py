@@ -75,6 +75,14 @@ class Config(Section):
         return loss
 
     @model_validator(mode="after")
+    def _check_box_size(self) -> Config:
+        if self.views.kind == "scale_crop" and self.views.size is None:
+            raise ValueError(
+                "views.size is not given, and the boxes of scale_crop depend on it; expected such as [512, 1024]"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_teacher_heads(self) -> Config:
         for section, teacher in self.teacher.models.items():
             heads = teacher.heads or ()

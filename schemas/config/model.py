@@ -124,6 +124,10 @@ class StudentConfig(ModelConfig):
     def _check_views(self) -> StudentConfig:
         if self.views is None:
             return self
+        if self.views.kind == "scale_crop":
+            raise ValueError(
+                "views are of kind scale_crop, whose boxes depend on the teacher's input; expected crop or eval"
+            )
         if self.views.mixes:
             raise ValueError("views mix images, but teacher outputs are per image; expected crop or eval")
         # By value, because the stored config of a run has every key.

@@ -11,7 +11,9 @@ from schemas.config.section import Level, Section
 from schemas.config.size import Size, SizeKey
 
 _AUGMENTING = ("jitter", "randaugment", "erasing")
+_PLACED, _SCALED = ("area", "aspect"), ("scale", "relative_to")
 _JPEG = "jpeg:"
+_MIN_SCALE, _MAX_SCALE = 0.01, 100.0
 
 
 class JitterConfig(Section):
@@ -64,7 +66,9 @@ def _check_area_and_aspect(area: tuple[float, float], aspect: tuple[float, float
 class ViewsConfig(Section):
     """The plan of augmented views. The views id depends on all keys except count, size and raw pixels."""
 
-    kind: Literal["eval", "crop", "function_matching"] = Field("crop", description="See docs/reference/format.md.")
+    kind: Literal["eval", "crop", "function_matching", "scale_crop"] = Field(
+        "crop", description="See docs/reference/format.md."
+    )
     count: int = Field(1, ge=1, le=65_535, description="V, views per image in a cache.")
     seed: int = Field(0, ge=0, lt=2**63, description="Views are a pure function of it and the sample id.")
     size: SizeKey | None = Field(
@@ -73,7 +77,21 @@ class ViewsConfig(Section):
     area: tuple[float, float] = Field((0.05, 1.0), description="Box area as a share of the image, sampled uniformly.")
     aspect: tuple[float, float] = Field((0.75, 4 / 3), description="Box width / height, sampled log-uniformly.")
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    scale: tuple[float, float] | tuple[float, float, float] = Field(
+        (0.5, 2.0),
+        description="scale_crop: how large the image is shown, uniform in [low, high], or of [low, high, step] one of "
+        "low, low + step and so on to high.",
+    )
+    relative_to: Literal["image", "size"] = Field(
+        "image", description="scale_crop: scale 1 shows the pixels of the image as they are, or all of it in size."
+    )
+    fill: tuple[Level, Level, Level] = Field(
+        (124, 116, 104), description="scale_crop and letterbox: red, green, blue of what is outside of the image."
+    )
     crop_fraction: float = Field(0.875, gt=0, le=1, description="Eval views: side of the centred box / shorter edge.")
+    eval_box: Literal["centre", "letterbox"] = Field(
+        "centre", description="Eval views: the centred box, or the whole image, padded at its right or lower edge."
+    )
     mix_group: int = Field(256, ge=2, description="Consecutive ok rows among which mixup partners are matched.")
     mix_repeat: int = Field(
         1, ge=1, le=65_535, description="r, views in a row with the same partners, for train.views_per_image."
@@ -106,6 +124,9 @@ class ViewsConfig(Section):
     @model_validator(mode="after")
     def _check_ranges(self) -> ViewsConfig:
         _check_area_and_aspect(self.area, self.aspect)
+        _check_scale(self.scale)
+        if unused := [name for name in self._without_effect() if getattr(self, name) != _default(name)]:
+            raise ValueError(f"{unused[0]} is given, and views of kind {self.kind} do not depend on it")
         if self.kind == "eval" and self.count != 1:
             raise ValueError(f"kind eval has one view, count is {self.count}")
         if self.kind == "eval" and (named := [name for name in _AUGMENTING if getattr(self, name) is not None]):
@@ -116,6 +137,23 @@ class ViewsConfig(Section):
             raise ValueError(f"mix_repeat is {self.mix_repeat}, and kind {self.kind} mixes nothing; expected 1")
         return self
 
+    def _without_effect(self) -> tuple[str, ...]:
+        """Keys that these views do not depend on; but area and aspect of eval views are in ids of earlier versions."""
+        is_scaled, is_letterbox = self.kind == "scale_crop", self.eval_box == "letterbox"
+        fill = () if is_scaled or is_letterbox else ("fill",)
+        return (*(_PLACED if is_scaled else _SCALED), *fill, *(("crop_fraction",) if is_letterbox else ()))
+
+    @property
+    def keys_outside_id(self) -> set[str]:
+        """Keys that the views id does not have, so that plans that are older than these keys have the same."""
+        return {
+            "count",
+            "size",
+            "pixels",
+            *self._without_effect(),
+            *(("eval_box",) if self.eval_box == "centre" else ()),
+        }
+
     @property
     def mixes(self) -> bool:
         return self.kind == "function_matching"
@@ -124,9 +162,22 @@ class ViewsConfig(Section):
     def box_size(self) -> Size | None:
         """The size of the teacher's input, if the boxes of the views depend on it: those of eval views have its
         aspect ratio."""
-        return None if self.kind != "eval" or isinstance(self.size, int) else self.size
+        is_needed = self.kind == "scale_crop" or (self.kind == "eval" and not isinstance(self.size, int))
+        return self.size if is_needed else None
 
     @property
     def jpeg_quality(self) -> int | None:
         """None: the pixels of a view are those that were rendered."""
         return int(self.pixels.removeprefix(_JPEG)) if self.pixels.startswith(_JPEG) else None
+
+
+def _default(name: str) -> object:
+    return ViewsConfig.model_fields[name].default
+
+
+def _check_scale(scale: tuple[float, ...]) -> None:
+    low, high, *step = scale
+    if not _MIN_SCALE <= low <= high <= _MAX_SCALE:
+        raise ValueError(f"scale is {list(scale)}; expected {_MIN_SCALE} <= low <= high <= {_MAX_SCALE:g}")
+    if step and not (step[0] > 0 and abs((high - low) / step[0] - round((high - low) / step[0])) < 1e-6):
+        raise ValueError(f"scale is {list(scale)}; expected whole steps from low to high, such as [0.5, 2.0, 0.1]")

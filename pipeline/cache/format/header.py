@@ -30,7 +30,7 @@ def views_body(
         size, interpolation: of the teacher's input. They decide the pixels of views that are encoded with loss, and
             have no effect on the body of others.
     """
-    body = plan.model_dump(mode="json", exclude={"count", "size", "pixels"}, exclude_none=True)
+    body = plan.model_dump(mode="json", exclude=plan.keys_outside_id, exclude_none=True)
     if plan.jpeg_quality is not None:
         stored_size = None if size is None else size_json(size)
         body["pixels"] = {**jpeg_settings(plan.jpeg_quality), "size": stored_size, "interpolation": interpolation}

@@ -67,7 +67,9 @@ def _encode_some(inputs: PlanInputs, view: _View, quality: int) -> PlannedPixels
         params = sample_views(config.views, [f"{shard}/{number}"], 0, *sides)
         box, flip = params.box_N4[0].tolist(), bool(params.flip_N[0])
         aug_params = aug_params_row(params.aug_params, 0)
-        view_CHW = apply_view(image, box, flip, aug_params, size=view.size, interpolation=view.interpolation)
+        view_CHW = apply_view(
+            image, box, flip, aug_params, size=view.size, interpolation=view.interpolation, fill=config.views.fill
+        )
         began = time.thread_time()
         encoded = encode_jpeg(view_CHW, quality)
         decode_view(encoded, pixels=config.views.pixels, size=view.size)

@@ -123,7 +123,7 @@ class StepDataset(Dataset[Batch]):
             return self._stored_views(rows, by_shard, view_B), {}
         pixels: list[Tensor | None] = [None] * len(rows)
         teacher_pixels: dict[InputSize, list[Tensor | None]] = {size: [None] * len(rows) for size in self.teachers}
-        teacher_views, byte_ranges, sample_ids = _RowViews.of(rows), rows.byte_ranges, rows.sample_ids
+        teacher_views, byte_ranges, sample_ids = _RowViews.of(rows, self.order.plan), rows.byte_ranges, rows.sample_ids
         student_views = (
             teacher_views if self.student_views is None else _RowViews.sampled(rows, self.student_views, view_B)
         )
@@ -158,22 +158,31 @@ class _RowViews:
     boxes: list[list[int]]
     flips: list[bool]
     aug_params: Mapping[str, NDArray[Any]]
+    fill: tuple[int, int, int]
 
     @classmethod
-    def of(cls, rows: SampleRows) -> _RowViews:
-        return cls(rows.rows_N["box"].tolist(), rows.rows_N["flip"].tolist(), rows.aug_params)
+    def of(cls, rows: SampleRows, plan: ViewsConfig) -> _RowViews:
+        return cls(rows.rows_N["box"].tolist(), rows.rows_N["flip"].tolist(), rows.aug_params, plan.fill)
 
     @classmethod
     def sampled(cls, rows: SampleRows, plan: ViewsConfig, view_B: NDArray[np.int64]) -> _RowViews:
         """These views of another plan, which mixes nothing, for the same rows."""
         params = sample_views(plan, rows.sample_ids, view_B, rows.rows_N["width"], rows.rows_N["height"])
-        return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.aug_params)
+        return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.aug_params, plan.fill)
 
     def render(self, image_CHW: Tensor, row: int, target: InputSize, quality: int | None) -> Tensor:
         """uint8 [3,H,W]; the box is in pixels of the original, so any size shows the same crop."""
         box, flip, aug_params = self.boxes[row], self.flips[row], aug_params_row(self.aug_params, row)
-        size, interpolation = target.size, target.interpolation
-        return render_view(image_CHW, box, flip, aug_params, quality=quality, size=size, interpolation=interpolation)[0]
+        return render_view(
+            image_CHW,
+            box,
+            flip,
+            aug_params,
+            quality=quality,
+            size=target.size,
+            interpolation=target.interpolation,
+            fill=self.fill,
+        )[0]
 
 
 ByShard = list[tuple[int, NDArray[np.int64]]]

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.augment.options import aug_params_row
 from pipeline.augment.pixels import apply_view, pixel_digest, pixel_mean
+from pipeline.cache.format.header import plan_of
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
@@ -108,7 +109,7 @@ def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int)
     """How many canaries the shard has, and by how many levels some differ, by their sample ids."""
     proofs = source.pixel_proofs(shard, 0)[number]
     header = source.caches[number].header
-    size, interpolation = header.input_size, header.teacher["interpolation"]
+    size, interpolation, fill = header.input_size, header.teacher["interpolation"], plan_of(header).fill
     ordinals = [row for row, digest in enumerate(proofs.digests) if digest is not None]
     rows = source.rows(shard, np.array(ordinals, np.int32), 0)
     drifts: dict[str, int] = {}
@@ -121,7 +122,7 @@ def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int)
             image = source.files.image(shard, byte_range, sample_id=rows.sample_ids[row], max_pixels=max_pixels)
             box, flip = rows.rows_N["box"][row].tolist(), bool(rows.rows_N["flip"][row])
             aug_params = aug_params_row(rows.aug_params, row)
-            view = apply_view(image, box, flip, aug_params, size=size, interpolation=interpolation)
+            view = apply_view(image, box, flip, aug_params, size=size, interpolation=interpolation, fill=fill)
         if pixel_digest(view) != proofs.digests[ordinal]:
             drifts[rows.sample_ids[row]] = _distance(pixel_mean(view), proofs.means[ordinal])
     return len(ordinals), drifts

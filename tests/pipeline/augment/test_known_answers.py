@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -119,6 +119,40 @@ def test_boxes_flips_and_weights(size: tuple[int, int], seed: int) -> None:
         flip_uniform, share, _, _ = uniforms(sample_key, (0, case.view, 1, 0))
         assert flip == (flip_uniform < 0.3)
         assert weight == np.float32(max(share, 1 - share))
+
+
+SCALES: dict[str, dict[str, Any]] = {
+    "image": {"scale": [0.5, 2.0], "size": [512, 1024]},
+    "steps": {"scale": [0.5, 2.0, 0.1], "size": [512, 1024]},
+    "size": {"scale": [0.1, 2.0], "relative_to": "size", "size": 64},
+    "one scale": {"scale": [1.0, 1.0], "relative_to": "size", "size": [30, 17]},
+}
+
+
+def scaled_box(plan: ViewsConfig, sample_key: Key, view: int, width: int, height: int) -> Box:
+    scale, left, top, _ = uniforms(sample_key, (0, view, 7, 0))
+    low, high, *steps = plan.scale
+    for step in steps:
+        scale = low + step * math.floor(scale * (round((high - low) / step) + 1))
+    if not steps:
+        scale = low + (high - low) * scale
+    rows, columns = (plan.size, plan.size) if isinstance(plan.size, int) else plan.size or (0, 0)
+    pixels = max(width / columns, height / rows) if plan.relative_to == "size" else 1
+    box_width, box_height = (min(max(round(side * (pixels / scale)), 1), 2**31 - 1) for side in (columns, rows))
+    free = max(width - box_width, 0), max(height - box_height, 0)
+    return [math.floor(left * (free[0] + 1)), math.floor(top * (free[1] + 1)), box_width, box_height]
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("keys", SCALES.values(), ids=SCALES)
+def test_scaled_boxes_and_their_flips(keys: dict[str, Any], size: tuple[int, int]) -> None:
+    plan = ViewsConfig.model_validate({"kind": "scale_crop", "seed": 7, "flip": 0.3, "count": 50, **keys})
+    boxes, flips, weights = sampled(plan, cases(size))
+    for case, actual_box, flip in zip(cases(size), boxes, flips, strict=True):
+        sample_key = key("view", 7, case.sample_id)
+        assert actual_box == scaled_box(plan, sample_key, case.view, *size)
+        assert flip == (uniforms(sample_key, (0, case.view, 1, 0))[0] < 0.3)
+    assert weights == [1.0] * len(weights)
 
 
 @pytest.mark.parametrize("num_ok", [1, 2, 3, 9, 255, 256])

@@ -96,6 +96,30 @@ def test_eval_boxes_of_rectangles_are_centred_and_as_large_as_their_aspect_allow
     assert 0 <= image_height - box_height - 2 * top <= 1
 
 
+@given(SIDE, SIDE, st.integers(1, 400), st.integers(1, 400))
+def test_letterboxes_are_the_smallest_boxes_of_their_aspect_around_the_image(
+    image_width: int, image_height: int, height: int, width: int
+) -> None:
+    plan = ViewsConfig.model_validate({"kind": "eval", "eval_box": "letterbox"})
+    params = eval_params(plan, np.array([image_width]), np.array([image_height]), (height, width))
+    ((left, top, box_width, box_height),) = params.box_N4.tolist()
+    pixels = max(Fraction(image_width, width), Fraction(image_height, height))
+    assert (left, top) == (0, 0)
+    assert box_width >= image_width
+    assert box_height >= image_height
+    assert abs(box_width - pixels * width) <= 0.5 + 1e-9
+    assert abs(box_height - pixels * height) <= 0.5 + 1e-9
+
+
+def test_scales_in_steps_reach_both_ends_alike() -> None:
+    plan = ViewsConfig.model_validate({"kind": "scale_crop", "scale": [0.5, 2.0, 0.5], "size": 100})
+    boxes_N4 = sample(plan, ids(4000), [0] * 4000, [(1000, 1000)] * 4000).box_N4
+    sides, counts = np.unique(boxes_N4[:, 2], return_counts=True)
+    assert sides.tolist() == [50, 67, 100, 200]
+    # Within four standard deviations of a quarter each.
+    assert (np.abs(counts - 1000) < 4 * math.sqrt(4000 * 0.25 * 0.75)).all()
+
+
 def test_function_matching_has_the_crops_of_kind_crop() -> None:
     sizes, views = [(640, 480)] * 50, list(range(50))
     mixed, plain = sample(MIX, ids(50), views, sizes), sample(CROP, ids(50), views, sizes)

@@ -46,6 +46,89 @@ def test_pixels_do_not_depend_on_strides(interpolation: Interpolation, box: tupl
     assert torch.equal(from_planes, from_interleaved)
 
 
+GREEN = (10, 200, 30)
+
+
+def kernel(distance: float, interpolation: Interpolation) -> float:
+    """The triangle of bilinear and the cubic of bicubic resizing with a = -0.5, as Pillow has them."""
+    at = abs(distance)
+    if interpolation == "bilinear":
+        return max(0.0, 1 - at)
+    if at < 1:
+        return (1.5 * at - 2.5) * at * at + 1
+    return ((-0.5 * at + 2.5) * at - 4) * at + 2 if at < 2 else 0.0
+
+
+def resize_weights(num: int, length: int, num_stored: int, visible: int, interpolation: Interpolation) -> np.ndarray:
+    """float64 [visible, num_stored]: weights of the stored pixels of a box of ``length`` in the visible ones of
+    ``num``."""
+    scale = length / num
+    width = max(scale, 1.0)
+    weights = np.array(
+        [
+            [kernel((at + 0.5 - (x + 0.5) * scale) / width, interpolation) for at in range(num_stored)]
+            for x in range(visible)
+        ]
+    )
+    return weights / weights.sum(1, keepdims=True)
+
+
+# Boxes of a 30 x 20 image (width x height) that reach beyond it; and the height and width of the view.
+BEYOND = {
+    "letterbox": ((0, 0, 30, 60), (24, 12)),
+    "smaller": ((0, 0, 75, 50), (16, 24)),
+    "larger": ((20, 5, 15, 20), (40, 30)),
+    "place": ((7, 3, 40, 40), (25, 25)),
+    "same scale": ((5, 9, 40, 32), (32, 40)),
+    "no whole pixel": ((0, 0, 900, 900), (9, 9)),
+}
+
+
+@pytest.mark.parametrize("interpolation", MODES)
+@pytest.mark.parametrize(("box", "size"), BEYOND.values(), ids=BEYOND)
+def test_a_view_beyond_its_image_is_the_resized_image_on_the_colour(
+    box: tuple[int, int, int, int], size: tuple[int, int], interpolation: Interpolation
+) -> None:
+    image, (left, top, width, height) = noise(3, 20, 30), box
+    view = apply_view(image, box, False, size=size, interpolation=interpolation, fill=GREEN)
+    visible = [
+        max(1, sum(start + (2 * x + 1) * length // (2 * num) < limit for x in range(num)))
+        for start, length, num, limit in ((top, height, size[0], 20), (left, width, size[1], 30))
+    ]
+    stored = image[:, top : top + height, left : left + width].double().numpy()
+    rows = resize_weights(size[0], height, stored.shape[1], visible[0], interpolation)
+    columns = resize_weights(size[1], width, stored.shape[2], visible[1], interpolation)
+    # uint8 between the passes, which bounds an overshoot.
+    expected = np.clip(np.einsum("yh,chx->cyx", rows, np.clip(stored @ columns.T, 0, 255)), 0, 255)
+    inside = view[:, : visible[0], : visible[1]].double().numpy()
+    # Each of the two passes rounds to a level.
+    assert np.abs(inside - expected).max() <= 2
+    assert np.abs(inside - expected).mean() <= 0.5
+    outside = torch.ones(size, dtype=torch.bool)
+    outside[: visible[0], : visible[1]] = False
+    assert outside.any()
+    assert (view[:, outside] == torch.tensor(GREEN, dtype=torch.uint8)[:, None]).all()
+
+
+@pytest.mark.parametrize("interpolation", MODES)
+def test_a_view_beyond_its_image_is_pillows_where_boxes_agree(interpolation: Interpolation) -> None:
+    """Where the edge of the image is an edge of pixels of the view, its part is resized as if it were alone."""
+    image = noise(3, 20, 30)
+    view = apply_view(image, (6, 4, 48, 32), False, size=(16, 24), interpolation=interpolation, fill=GREEN)
+    alone = apply_view(image, (6, 4, 24, 16), False, size=(8, 12), interpolation=interpolation)
+    assert torch.equal(view[:, :8, :12], alone)
+    mode = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((6, 4, 30, 20)).resize((12, 8), mode)
+    assert (view[:, :8, :12].int() - torch.from_numpy(np.array(pillow)).permute(2, 0, 1).int()).abs().max() <= 1
+
+
+def test_a_flip_mirrors_the_padding_too() -> None:
+    image, box = noise(3, 20, 30), (7, 3, 40, 40)
+    straight = apply_view(image, box, False, size=25, interpolation="bilinear", fill=GREEN)
+    assert torch.equal(apply_view(image, box, True, size=25, interpolation="bilinear", fill=GREEN), straight.flip(-1))
+    assert straight.stride() == apply_view(image, (7, 3, 10, 10), False, size=25, interpolation="bilinear").stride()
+
+
 def resized() -> str:
     """The digest of views of many box shapes, smaller and larger than the view."""
     image, random = noise(3, 190, 230), np.random.Generator(np.random.PCG64(0))
@@ -55,6 +138,9 @@ def resized() -> str:
             left, top = (int(random.integers(0, end)) for end in (229, 189))
             box = (left, top, int(random.integers(1, 231 - left)), int(random.integers(1, 191 - top)))
             views.update(pixel_digest(apply_view(image, box, False, size=64, interpolation=interpolation)))
+            beyond = (left, top, box[2] + 150, box[3] + 250)
+            view = apply_view(image, beyond, False, size=(48, 64), interpolation=interpolation, fill=GREEN)
+            views.update(pixel_digest(view))
     return views.hexdigest()
 
 

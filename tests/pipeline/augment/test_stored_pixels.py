@@ -62,7 +62,8 @@ def test_decoded_pixels_are_known_and_the_same_for_all_instruction_sets(capabili
         "from tests.pipeline.augment.test_stored_pixels import picture\n"
         "from pipeline.augment.pixels import pixel_digest\n"
         "from pipeline.augment.stored_pixels import render_view\n"
-        "view = render_view(picture(), (3, 2, 45, 33), True, quality=90, size=32, interpolation='bilinear')[0]\n"
+        "box, keys = (3, 2, 45, 33), {'size': 32, 'interpolation': 'bilinear', 'fill': (0, 0, 0)}\n"
+        "view = render_view(picture(), box, True, quality=90, **keys)[0]\n"
         "print(pixel_digest(view).hex())"
     )
     assert printed(code, capability=capability) == KNOWN_PIXELS
@@ -72,7 +73,7 @@ def test_decoded_pixels_are_known_and_the_same_for_all_instruction_sets(capabili
 @given(st.integers(1, 100), st.integers(1, 40))
 def test_a_rendered_view_is_what_its_jpeg_decodes_to(quality: int, size: int) -> None:
     box = (3, 2, 45, 33)
-    view, data = render_view(picture(), box, True, quality=quality, size=size, interpolation="bilinear")
+    view, data = render_view(picture(), box, True, quality=quality, size=size, interpolation="bilinear", fill=(0, 0, 0))
     assert data is not None
     assert torch.equal(view, decode_view(data, pixels=f"jpeg:{quality}", size=size))
     assert view.shape == (3, size, size)
@@ -81,7 +82,7 @@ def test_a_rendered_view_is_what_its_jpeg_decodes_to(quality: int, size: int) ->
 
 def test_without_a_quality_a_view_is_not_encoded() -> None:
     box = (3, 2, 45, 33)
-    view, data = render_view(picture(), box, False, quality=None, size=20, interpolation="bicubic")
+    view, data = render_view(picture(), box, False, quality=None, size=20, interpolation="bicubic", fill=(0, 0, 0))
     assert data is None
     assert torch.equal(view, apply_view(picture(), box, False, size=20, interpolation="bicubic"))
 

@@ -108,6 +108,9 @@ def test_interpolation_is_resolved_after_overrides(yaml_file: Path, monkeypatch:
     assert config.run.url == "s3://mine/r"
 
 
+SCALED = "views: {kind: scale_crop, size: 32"
+
+
 @pytest.mark.parametrize(
     ("text", "code", "parts"),
     [
@@ -130,8 +133,25 @@ def test_interpolation_is_resolved_after_overrides(yaml_file: Path, monkeypatch:
         ("data: {shards: 3}\n", "wrong-value", ["data.shards", "text or list"]),
         ("data: {shards: [a, 1]}\n", "wrong-value", ["data.shards.1", "1 (a number)", "text"]),
         ("loss: {name: kd}\n", "wrong-value", ["loss", "a mapping", "list"]),
-        ("views: {kind: evil}\n", "wrong-value", ["views.kind", "'evil'", "'eval', 'crop' or 'function_matching'"]),
+        (
+            "views: {kind: evil}\n",
+            "wrong-value",
+            ["views.kind", "'evil'", "'eval', 'crop', 'function_matching' or 'scale_crop'"],
+        ),
         ("views: {area: [2, 1]}\n", "conflicting-values", ["views", "area is [2.0, 1.0]", "0 < low <= high <= 1"]),
+        ("views: {size: [224, 0]}\n", "wrong-value", ["views.size.1", "greater than or equal to 1"]),
+        ("views: {size: [1, 2, 3]}\n", "wrong-value", ["views.size", "a list"]),
+        ("views: {size: true}\n", "wrong-value", ["views.size", "True (true/false)", "number"]),
+        ("views: {kind: scale_crop}\n", "conflicting-values", ["views.size is not given", "[512, 1024]"]),
+        ("views: {scale: [0.5, 3]}\n", "conflicting-values", ["scale is given", "kind crop"]),
+        ("views: {fill: [0, 0, 0]}\n", "conflicting-values", ["fill is given", "kind crop"]),
+        (f"{SCALED}, area: [0.5, 1]}}\n", "conflicting-values", ["area is given", "kind scale_crop"]),
+        (f"{SCALED}, scale: [2, 1]}}\n", "conflicting-values", ["scale is [2.0, 1.0]", "low <= high"]),
+        (f"{SCALED}, scale: [0, 1]}}\n", "conflicting-values", ["scale is [0.0, 1.0]"]),
+        (f"{SCALED}, scale: [0.5, 2, 0.4]}}\n", "conflicting-values", ["whole steps"]),
+        (f"{SCALED}, cutmix: 0.5}}\n", "conflicting-values", ["cutmix needs partners"]),
+        (f"{SCALED}, eval_box: letterbox, crop_fraction: 1}}\n", "conflicting-values", ["crop_fraction is given"]),
+        ("student: {views: {kind: scale_crop}}\n", "conflicting-values", ["student", "crop or eval"]),
         ("cache: {url: x, logits: fp8}\n", "wrong-value", ["cache.logits", "logits is 'fp8'", "topk:k"]),
         ("views: {kind: eval, jitter: {}}\n", "conflicting-values", ["views", "never augmented, but jitter is set"]),
         ("views: {cutmix: 0.5}\n", "conflicting-values", ["views", "kind crop mixes nothing", "function_matching"]),

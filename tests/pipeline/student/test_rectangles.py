@@ -41,6 +41,22 @@ PLANS: dict[str, dict[str, Any]] = {
     "raw": {"kind": "function_matching", "pixels": "raw"},
     "jpeg": {"kind": "crop", "pixels": "jpeg:90"},
     "eval": {"kind": "eval", "count": 1},
+    "scale_crop": {
+        "kind": "scale_crop",
+        "area": [0.05, 1.0],
+        "scale": [0.2, 1.0],
+        "eval_box": "letterbox",
+        "jitter": {},
+        "fill": [9, 8, 7],
+    },
+    "scale_crop, jpeg": {
+        "kind": "scale_crop",
+        "area": [0.05, 1.0],
+        "scale": [0.5, 2.0, 0.5],
+        "relative_to": "size",
+        "pixels": "jpeg:90",
+    },
+    "letterbox": {"kind": "eval", "count": 1, "eval_box": "letterbox"},
 }
 Rectangles = Callable[[str], TinyCache]
 
@@ -84,7 +100,10 @@ def test_verify_replays_views_and_eval_pass(rectangles: Rectangles, name: str) -
     assert report.checked["canaries"] >= 2 * (rectangles(name).config.views.count + 1)
 
 
-@pytest.mark.parametrize(("name", "size"), [("crop", None), ("eval", None), ("crop", [16, 8]), ("crop", 16)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("crop", None), ("eval", None), ("crop", [16, 8]), ("crop", 16), ("scale_crop", [24, 40]), ("letterbox", None)],
+)
 def test_parity_of_a_training_and_its_evaluation(
     rectangles: Rectangles, tmp_path: Path, name: str, size: list[int] | int | None
 ) -> None:

@@ -132,6 +132,18 @@ def test_the_views_id_has_the_size_of_a_rectangle_where_boxes_depend_on_it() -> 
     assert len({*map(views_id, crops)}) == 1
 
 
+def test_the_views_id_of_scaled_views_has_all_that_decides_their_boxes_and_their_padding() -> None:
+    plan = {"kind": "scale_crop", "size": 16}
+    changes: list[dict[str, Any]] = [
+        *({"size": 32}, {"scale": [0.5, 1.0]}, {"scale": [0.5, 2.0, 0.5]}, {"relative_to": "size"}),
+        *({"fill": [0, 0, 0]}, {"eval_box": "letterbox"}, {"seed": 1}),
+    ]
+    ids = [views_id(ViewsConfig.model_validate(plan | change)) for change in [{}, *changes]]
+    assert len({*ids}) == len(ids)
+    crops = [ViewsConfig.model_validate({"kind": "eval", "eval_box": box}) for box in ("centre", "letterbox")]
+    assert views_id(crops[0]) == views_id(ViewsConfig(kind="eval")) != views_id(crops[1])
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
