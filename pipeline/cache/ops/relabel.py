@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.cache.build.imported_means import imported_sha256
 from pipeline.cache.build.manifest import publish_shards, read_manifest, read_table, relative, write_manifest
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import is_sampled
+from pipeline.cache.format.codec import default_temperature, is_sampled
 from pipeline.cache.read.labels import reading_rules
 from pipeline.cache.read.reader import ShardEntry, TeacherCache, open_cache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
@@ -194,9 +194,10 @@ def _target_statistics(cache: TeacherCache, shard: ShardEntry, index: ShardIndex
     lacks_output = any(output is None or is_sampled(output) for output in stored)
     if cache.header.views["kind"] == "function_matching" or lacks_output or not index.num_ok:
         return Statistics()
-    columns = cache.view(shard.shard_id, 0)
+    outputs = cache.view(shard.shard_id, 0).outputs
+    decoded = {name: outputs[name].decode(temperature=default_temperature(outputs[name].output)) for name in names}
     accumulator = index.task.accumulate()
-    accumulator.add({name: columns.decoded(name) for name in names}, index.ok_targets)
+    accumulator.add(decoded, index.ok_targets)
     return Statistics(**accumulator.result())
 
 

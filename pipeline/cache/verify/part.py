@@ -32,8 +32,8 @@ from pipeline.cache.build.part_writer import view_ranges
 from pipeline.cache.format.codec import (
     config_key,
     decode,
+    default_temperature,
     depends_on_temperature,
-    is_fixed,
     is_sampled,
     row_bytes,
     with_column,
@@ -250,8 +250,7 @@ class PartCheck:
         self._check_rows("embedding_norm is negative or not finite", view, rows, is_norm_M, norm_M)
         for output in with_column(self._header.outputs):
             with np.errstate(all="ignore"):
-                temperature = output.temperatures[0] if is_fixed(output) else 1.0
-                values_MD = decode(table[output.name], output, temperature=temperature)
+                values_MD = decode(table[output.name], output, temperature=default_temperature(output))
             finite_M = np.asarray(np.isfinite(values_MD.reshape(len(values_MD), -1)).all(1))
             if not self._check_rows(f"{output.name} has NaN or infinity", view, rows, finite_M):
                 continue

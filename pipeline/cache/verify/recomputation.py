@@ -26,7 +26,15 @@ from pipeline.cache.build.context import BuildContext
 from pipeline.cache.build.header_claim import MAX_DRIFT, check_same
 from pipeline.cache.build.manifest import read_table
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import RowIdentity, column_name, decode, encode, is_fixed, is_sampled, with_column
+from pipeline.cache.format.codec import (
+    RowIdentity,
+    column_name,
+    decode,
+    default_temperature,
+    encode,
+    is_sampled,
+    with_column,
+)
 from pipeline.cache.format.header import replayable_plan
 from pipeline.cache.read.reader import ShardEntry, TeacherCache, open_cache
 from pipeline.cache.verify.images import ShardImages, single_view
@@ -189,7 +197,9 @@ class _RowSampler:
             boxes_VN4 = cutmix_boxes(group.aug_params_VN)
             for position, ordinal in enumerate(unit):
                 stored = {
-                    name: stored_rows.take(np.array([ordinal])).decode(temperature=_temperature(stored_rows.output))[0]
+                    name: stored_rows.take(np.array([ordinal])).decode(
+                        temperature=default_temperature(stored_rows.output)
+                    )[0]
                     for name, stored_rows in columns.outputs.items()
                     if column_name(stored_rows.output) == name
                 }
@@ -290,7 +300,7 @@ def distance(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The largest difference of each row from the new outputs, and the allowed one: 0 for rows of ``same_N``. Of
     sampled logits, those of cumulative probabilities."""
-    encoded_ND = decode(encode(new_ND, output, identity=identity), output, temperature=_temperature(output))
+    encoded_ND = decode(encode(new_ND, output, identity=identity), output, temperature=default_temperature(output))
     encoded_ND = encoded_ND.reshape(new_ND.shape)
     if is_sampled(output):
         return _sampled_distance(stored_ND, encoded_ND, new_ND, output.temperatures[0], drift, same_N)
@@ -327,11 +337,6 @@ def _softmax(values_ND: NDArray[np.float32], temperature: float) -> NDArray[np.f
     scaled = values_ND.astype(np.float64) / temperature
     exponentials = np.exp(scaled - scaled.max(1, keepdims=True))
     return exponentials / exponentials.sum(1, keepdims=True)
-
-
-def _temperature(output: Output) -> float:
-    """At which an output is decoded, where no loss reads it."""
-    return output.temperatures[0] if is_fixed(output) else 1.0
 
 
 def _add_problems(

@@ -100,6 +100,11 @@ def is_fixed(output: Output) -> bool:
     return bool(output.temperatures) and not _encoding(output).depends_on_temperature
 
 
+def default_temperature(output: Output) -> float:
+    """At which an output is decoded where no loss reads it: 1, unless it serves another one alone."""
+    return output.temperatures[0] if is_fixed(output) else 1.0
+
+
 def is_sampled(output: Output) -> bool:
     """Whether single rows have no probability for most classes, and only their mean has that of all."""
     return output.encoding == SAMPLED.name

@@ -15,6 +15,7 @@ from pipeline.cache.build.manifest import read_manifest
 from pipeline.cache.derive.average import AverageRequest, average, left_out
 from pipeline.cache.derive.convert import convert
 from pipeline.cache.format import layout
+from pipeline.cache.ops.relabel import relabel
 from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify import compare_with_sources, verify_cache
 from pipeline.shards.writer import pack_shards
@@ -133,6 +134,11 @@ def test_other_temperatures_are_refused_by_code(teachers: list[TinyCache], tmp_p
                 train(config)
     with raises("cache.not-convertible"):
         convert(url, str(tmp_path / "converted"), encodings={"logits": "fp16"})
+    # The order of the classes is the same at any temperature.
+    hits = open_cache(url).manifest.statistics.top1_hits
+    relabel(url)
+    # Hits of relabelled caches are those of view 0.
+    assert 0 < open_cache(url).manifest.statistics.top1_hits <= hits
 
 
 def test_other_pixels_views_or_samples_are_refused(teachers: list[TinyCache], tmp_path: Path) -> None:
