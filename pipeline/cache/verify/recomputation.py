@@ -187,7 +187,7 @@ class _RowSampler:
         units = dict.fromkeys(tuple(sorted({row, int(partner_N[row])})) for row in ordinals)
         environment = read_commit(self._cache.url, _commit_path(file)).environment
         if view != EVAL_VIEW and (reason := other_encoder(environment)) is not None:
-            self._findings.not_checked[f"recomputed rows: {reason}"] += len(units)
+            self._findings.not_checked[f"recomputed rows: {reason}"] += sum(map(len, units))
             return
         same_environment = environment == self._environment
         for unit in units:

@@ -22,8 +22,10 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.augment import stored_pixels
 from pipeline.augment.pixels import pixel_digest
+from pipeline.cache.build.context import current_context
 from pipeline.cache.read.reader import TeacherCache, open_cache
-from pipeline.cache.verify import verify_cache
+from pipeline.cache.verify import recompute, verify_cache
+from pipeline.cache.verify.report import Findings
 from pipeline.shards.writer import pack_shards
 from pipeline.student.cached_dataset import CachedDataset
 from pipeline.student.supervision.canaries import check_canaries
@@ -33,7 +35,17 @@ from pipeline.teacher.rendering import Mixing
 from schemas.cache_format import BOX_SIDES
 from schemas.config import Config
 from tests.errors import raises
-from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, digit_samples, files, shard_urls
+from tests.pipeline.cache.verify.forge import replace_commit, republish
+from tests.pipeline.caches import (
+    TinyCache,
+    build,
+    cache_section,
+    copy_of,
+    digit_samples,
+    files,
+    read_commits,
+    shard_urls,
+)
 from tests.pipeline.conftest import tiny_config_of
 from tests.pipeline.student.data.test_dataset import assert_same, load
 from tests.pipeline.student.runs import (
@@ -274,13 +286,34 @@ def test_verify_checks_every_stored_view_of_an_intact_cache(stored: Stored, pixe
 
 def test_views_that_cannot_be_encoded_again_are_not_comparable(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another encoder, here one with another quality: stored bytes are checked, and no canary is a problem."""
-    encode = stored_pixels.encode_jpeg
+    cache, encode = stored("jpeg:90"), stored_pixels.encode_jpeg
     monkeypatch.setattr(stored_pixels, "ENCODER", "another one")
     monkeypatch.setattr(stored_pixels, "encode_jpeg", lambda view, quality: encode(view, quality - 40))
-    report = verify_cache(stored("jpeg:90").url, threads=1)
+    report = verify_cache(cache.url, threads=1)
     assert report.problems == []
     assert sum(report.not_checked.values()) >= NUM_VIEWS * 2
     assert report.checked["stored views"] == NUM_VIEWS * NUM_ROWS
+
+
+def test_rows_of_another_encoder_are_not_compared_with_new_outputs_and_train(stored: Stored, tmp_path: Path) -> None:
+    """By the commits of one shard; its eval pass is never encoded, and is compared."""
+    cache = copy_of(stored("jpeg:90"), tmp_path / "cache")
+    for commit in read_commits(cache.url):
+        if commit.shard_id == "digits-01":
+            environment = {**commit.environment, "pixel_encoder": "torchvision 0.1"}
+            replace_commit(cache, commit.model_copy(update={"environment": environment}))
+    republish(cache)
+    findings, (first, second) = Findings(), open_cache(cache.url).shards
+    recomputed = recompute(cache.url, current_context(cache.config), findings, num_rows=10_000, shard_urls={})
+    assert findings.problems == []
+    assert [*findings.not_checked.values()] == [NUM_VIEWS * second.num_ok]
+    assert "torchvision 0.1" in next(iter(findings.not_checked))
+    num_compared = NUM_VIEWS * first.num_ok + NUM_ROWS
+    assert (recomputed.rows, recomputed.identical) == (num_compared, num_compared)
+    # Stored bytes are checked by their digests.
+    report = verify_cache(cache.url, threads=1)
+    assert (report.problems, report.checked["stored views"]) == ([], NUM_VIEWS * NUM_ROWS)
+    assert check_canaries(cached_source(cache), cache.config.data).num_drifted == 0
 
 
 def test_a_view_that_is_larger_than_one_read_is_read_in_ranges(
