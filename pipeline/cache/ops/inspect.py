@@ -181,10 +181,17 @@ def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:
 
 def _view_names(header: Header) -> list[str]:
     """The kind of the views and the options of the plan."""
-    options = (name for name, field in ViewsConfig.model_fields.items() if field.default is None)
+    options = (name for name, field in ViewsConfig.model_fields.items() if field.default is None and name != "size")
+    letterbox = ["letterbox"] if header.views.get("eval_box") == "letterbox" else []
     stored = [] if header.pixels is None else [f"stored as {header.pixels}"]
     repeat = [f"mix_repeat {header.views['mix_repeat']}"] if "mix_repeat" in header.views else []
-    return [str(header.views["kind"]), *(name for name in options if name in header.views), *repeat, *stored]
+    return [
+        str(header.views["kind"]),
+        *(name for name in options if name in header.views),
+        *letterbox,
+        *repeat,
+        *stored,
+    ]
 
 
 def _derived(header: Header) -> str | None:

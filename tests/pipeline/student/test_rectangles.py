@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.models.feature_maps import find_maps
 from pipeline.models.load import load_model
@@ -91,6 +92,14 @@ def test_parity_of_pixels_cached_and_online(rectangles: Rectangles, tmp_path: Pa
     )
     assert {batch.pixels_BCHW.shape[1:] for batch in cached} == {(3, *SIZE)}
     assert all(batch.teacher_pixels[changed].shape[1:] == (3, 24, 10) for batch in online if others)
+
+
+def test_inspect_names_kind_and_options(rectangles: Rectangles) -> None:
+    names = {name: inspect_cache(rectangles(name).url).views for name in ("scale_crop", "crop")}
+    assert names == {
+        "scale_crop": "scale_crop, jitter, letterbox, seed 0, 12×20 px",
+        "crop": "crop, randaugment, erasing, seed 0, 12×20 px",
+    }
 
 
 @pytest.mark.parametrize("name", PLANS)
