@@ -21,6 +21,7 @@ from pipeline.student.data.batch import Batch, SharedMemoryBatch
 from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.prefetcher import Prefetcher, ranks_on_node
 from schemas.cache_format import Output
+from schemas.config import height_width
 
 _PREFETCH_FACTOR = 2
 """Batches that each loader process prepares ahead."""
@@ -182,7 +183,7 @@ def batch_bytes(dataset: StepDataset) -> int:
     order = dataset.order
     lanes = len(order.lanes_of(dataset.rank, dataset.world_size))
     rows = min(lanes * order.units_per_lane_step * order.rows_per_unit, order.num_rows)
-    pixels = sum(3 * network.size**2 for network in (dataset.student, *dataset.teachers))
+    pixels = sum(3 * math.prod(height_width(network.size)) for network in (dataset.student, *dataset.teachers))
     reads = dataset.source.reads
     outputs = sum(
         _output_bytes(output, reads[name]) for teacher in dataset.source.outputs for name, output in teacher.items()

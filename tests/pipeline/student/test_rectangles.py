@@ -15,6 +15,7 @@ from pipeline.cache.verify import verify_cache
 from pipeline.models.feature_maps import find_maps
 from pipeline.models.load import load_model
 from pipeline.student.data.batch import InputSize
+from pipeline.student.data.loader import batch_bytes
 from pipeline.student.export.exporters import export_run
 from pipeline.student.training.trainer import train
 from schemas.config import StudentConfig
@@ -100,6 +101,15 @@ def test_inspect_names_kind_and_options(rectangles: Rectangles) -> None:
         "scale_crop": "scale_crop, jitter, letterbox, seed 0, 12×20 px",
         "crop": "crop, randaugment, erasing, seed 0, 12×20 px",
     }
+
+
+def test_loader_processes_need_the_memory_of_rectangles(rectangles: Rectangles) -> None:
+    cache = rectangles("crop")
+    batches = dataset(cached_source(cache), cache.config.views, student=InputSize(SIZE, "bilinear"))
+    squares = dataset(cached_source(cache), cache.config.views, student=InputSize(12, "bilinear"))
+    # Batches of 8 rows.
+    assert batch_bytes(batches) - batch_bytes(squares) == 8 * 3 * 12 * (20 - 12)
+    assert_same(load(batches, range(2), num_workers=1), load(batches, range(2)))
 
 
 @pytest.mark.parametrize("name", PLANS)
