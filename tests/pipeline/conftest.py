@@ -24,6 +24,13 @@ def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return pack_shards(digit_samples(NUM_DIGITS), f"{folder}/digits-%02d.tar", shard_size=DIGITS_PER_SHARD)
 
 
+def build_tiny(shards: list[str], cache_url: str, overrides: dict[str, Any]) -> TinyCache:
+    """The cache of ``tiny_config_of``."""
+    config = tiny_config_of(shards, cache_url, overrides)
+    build(config)
+    return TinyCache(cache_url, config)
+
+
 def tiny_config_of(shards: list[str], cache_url: str, overrides: dict[str, Any]) -> Config:
     tree: dict[str, Any] = {
         "data": {"shards": shards, "num_classes": 10},
@@ -62,10 +69,7 @@ def tiny_config(digits_shards: list[str], tmp_path: Path) -> TinyConfig:
 @pytest.fixture(scope="session")
 def built_cache(digits_shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
     """The cache of the default config, built once. To be read, never written."""
-    url = str(tmp_path_factory.mktemp("built") / "cache")
-    config = tiny_config_of(digits_shards, url, {})
-    build(config)
-    return TinyCache(url, config)
+    return build_tiny(digits_shards, str(tmp_path_factory.mktemp("built") / "cache"), {})
 
 
 @pytest.fixture

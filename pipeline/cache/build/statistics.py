@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.augment.params import sample_keys
-from pipeline.cache.format.codec import LinearHead, RowIdentity, column_name, decode, encode, is_sampled
+from pipeline.cache.format.codec import (
+    LinearHead,
+    RowIdentity,
+    column_name,
+    decode,
+    default_temperature,
+    encode,
+    is_sampled,
+)
 from pipeline.tasks import Task, TeacherOutputs, output_roles, task_of
 from pipeline.tasks.classification import predicted_classes
 from pipeline.teacher.rendering import GroupViews
@@ -34,24 +42,18 @@ class _Fidelity:
     total_variation_sum: float = 0.0
 
     def add_logits(self, exact: TeacherOutputs, output: Output, head: LinearHead | None, identity: RowIdentity) -> None:
-        if is_sampled(output):
-            self._add_samples(exact[output.name], output, identity)
-            return
         exact_NK, name = exact[output.name], column_name(output)
-        column = encode(exact[name], output if head is None else head.stored)
-        flips_N = predicted_classes(exact_NK) != predicted_classes(decode(column, output, head=head))
-        self.argmax_flips += int(flips_N.sum())
+        column = encode(exact[name], output if head is None else head.stored, identity=identity)
+        stored_NK = decode(column, output, temperature=default_temperature(output), head=head)
+        self.argmax_flips += int((predicted_classes(exact_NK) != predicted_classes(stored_NK)).sum())
+        if is_sampled(output):
+            # The KL of a row is infinite, since classes are missing.
+            self.total_variation_sum += total_variation_sum(exact_NK, stored_NK, output.temperatures[0])
+            return
         for key, temperature in _TEMPERATURES.items():
             stored_NK = decode(column, output, temperature=temperature, head=head)
             self.kl_sum[key] += kl_sum(exact_NK, stored_NK, temperature)
             self.pearson_sum[key] += pearson_sum(exact_NK, stored_NK, temperature)
-
-    def _add_samples(self, exact_NK: NDArray[np.float32], output: Output, identity: RowIdentity) -> None:
-        """The KL of a row is infinite, since classes are missing."""
-        (temperature,) = output.temperatures
-        stored_NK = decode(encode(exact_NK, output, identity=identity), output, temperature=temperature)
-        self.argmax_flips += int((predicted_classes(exact_NK) != predicted_classes(stored_NK)).sum())
-        self.total_variation_sum += total_variation_sum(exact_NK, stored_NK, temperature)
 
     def add_embedding(self, exact: TeacherOutputs, output: Output, *_: object) -> None:
         exact_ND = exact[output.name]
@@ -168,19 +170,19 @@ def mean_fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
 
 def kl_sum(exact_NK: NDArray[np.float32], stored_NK: NDArray[np.float32], temperature: float) -> float:
     """Nats: KL divergence of the softmax at T of the stored logits from that of the exact logits, summed over rows."""
-    log_p, log_q = (_log_softmax(values, temperature) for values in (exact_NK, stored_NK))
+    log_p, log_q = (log_softmax(values, temperature) for values in (exact_NK, stored_NK))
     return float((np.exp(log_p) * (log_p - log_q)).sum())
 
 
 def total_variation_sum(exact_NK: NDArray[np.float32], stored_NK: NDArray[np.float32], temperature: float) -> float:
     """Half the sum of the differences between the softmaxes at T of a row, which is 0 to 1; summed over rows."""
-    p, q = (np.exp(_log_softmax(values, temperature)) for values in (exact_NK, stored_NK))
+    p, q = (np.exp(log_softmax(values, temperature)) for values in (exact_NK, stored_NK))
     return float(np.abs(p - q).sum() / 2)
 
 
 def pearson_sum(exact_NK: NDArray[np.float32], stored_NK: NDArray[np.float32], temperature: float) -> float:
     """1 − Pearson correlation of the probabilities of a row at T (DIST's relation within a row, Huang 2022), summed."""
-    p, q = (np.exp(_log_softmax(values, temperature)) for values in (exact_NK, stored_NK))
+    p, q = (np.exp(log_softmax(values, temperature)) for values in (exact_NK, stored_NK))
     return float((1 - _cosines(p - p.mean(1, keepdims=True), q - q.mean(1, keepdims=True))).sum())
 
 
@@ -195,7 +197,8 @@ def _cosines(left_ND: NDArray[np.float64], right_ND: NDArray[np.float64]) -> NDA
     return np.where(same_N, 1.0, (left_ND * right_ND).sum(1) / np.where(norms > 0, norms, 1.0))
 
 
-def _log_softmax(values_NK: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+def log_softmax(values_NK: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    """[N,K], at T, in float64."""
     scaled = values_NK.astype(np.float64) / temperature
     scaled -= scaled.max(1, keepdims=True)
     return scaled - np.log(np.exp(scaled).sum(1, keepdims=True))

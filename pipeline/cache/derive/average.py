@@ -36,6 +36,7 @@ from pipeline.cache.derive.derivation import (
 )
 from pipeline.cache.format.codec import (
     RowIdentity,
+    column_name,
     config_key,
     decode,
     depends_on_temperature,
@@ -162,7 +163,7 @@ def _check_request(sources: Sequence[TeacherCache], request: AverageRequest) -> 
     for cache in sources:
         outputs = _logits_of(cache)
         # Those of a head are no column of their own.
-        fixed = [output for output in outputs if depends_on_temperature(output) or output.encoding == "head"]
+        fixed = [output for output in outputs if depends_on_temperature(output) or column_name(output) != output.name]
         if not outputs or fixed:
             raise CacheError(
                 "this cache stores no logits that serve all temperatures",

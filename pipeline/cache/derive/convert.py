@@ -35,6 +35,7 @@ from pipeline.cache.derive.derivation import (
 )
 from pipeline.cache.format.codec import (
     RowIdentity,
+    column_name,
     config_key,
     decode,
     depends_on_temperature,
@@ -137,7 +138,7 @@ def _check_convertible(source: TeacherCache, key: str, stored: str, kind: str) -
             next_step=f"leave out --{key}, or build a cache with cache.{key}={kind}",
         )
     outputs = [output for output in source.header.outputs if config_key(output.name) == key]
-    computed = [output.name for output in source.header.outputs if output.encoding == _HEAD]
+    computed = any(column_name(output) != output.name for output in source.header.outputs)
     if kind == _HEAD or (computed and key in ("logits", "embeddings")):
         raise CacheError(
             "logits that a linear head computes from stored embeddings are bound to the encoding of these",

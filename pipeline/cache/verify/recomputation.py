@@ -25,6 +25,7 @@ from pipeline.cache.build.commit import read_commit
 from pipeline.cache.build.context import BuildContext
 from pipeline.cache.build.header_claim import MAX_DRIFT, check_same
 from pipeline.cache.build.manifest import read_table
+from pipeline.cache.build.statistics import log_softmax
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import (
     RowIdentity,
@@ -321,7 +322,9 @@ def _sampled_distance(
     same_N: NDArray[np.bool_],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Probabilities that drift choose other samples, whose sum up to any class differs by one sample and the drift."""
-    stored, encoded, new = (_softmax(values_ND, temperature) for values_ND in (stored_ND, encoded_ND, new_ND))
+    stored, encoded, new = (
+        np.exp(log_softmax(values_ND, temperature)) for values_ND in (stored_ND, encoded_ND, new_ND)
+    )
     from_encoded_N, from_new_N, error_N = (
         np.abs((first - second).cumsum(1)).max(1)
         for first, second in ((stored, encoded), (stored, new), (encoded, new))
@@ -331,12 +334,6 @@ def _sampled_distance(
     # probability by a factor of exp(2 drift / T) at most.
     allowed_N = 2 * error_N + np.expm1(2 * drift / temperature)
     return np.where(is_exact_N, from_encoded_N, from_new_N), np.where(same_N, 0.0, allowed_N)
-
-
-def _softmax(values_ND: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
-    scaled = values_ND.astype(np.float64) / temperature
-    exponentials = np.exp(scaled - scaled.max(1, keepdims=True))
-    return exponentials / exponentials.sum(1, keepdims=True)
 
 
 def _add_problems(

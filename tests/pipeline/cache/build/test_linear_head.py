@@ -35,7 +35,7 @@ from schemas.cache_format import Output
 from schemas.config import CacheConfig, Config
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, files, read_commits, shard_urls
-from tests.pipeline.conftest import TinyConfig, tiny_config_of
+from tests.pipeline.conftest import TinyConfig, build_tiny
 
 KINDS = ("int8", "fp16", "fp32")
 TEACHERS = "python:tests.pipeline.cache.teachers"
@@ -46,9 +46,7 @@ FACTORIES = "python:tests.pipeline.models.factories"
 def int8_cache(digits_shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
     """Never written to."""
     url = str(tmp_path_factory.mktemp("head") / "cache")
-    config = tiny_config_of(digits_shards, url, {"cache": {"logits": "head", "embeddings": "int8"}})
-    build(config)
-    return TinyCache(url, config)
+    return build_tiny(digits_shards, url, {"cache": {"logits": "head", "embeddings": "int8"}})
 
 
 def embedding_output(kind: str, width: int) -> Output:

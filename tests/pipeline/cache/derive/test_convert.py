@@ -28,7 +28,7 @@ from pipeline.core.hashing import digest
 from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, files, open_tasks, read_commits
-from tests.pipeline.conftest import TinyConfig, tiny_config_of
+from tests.pipeline.conftest import TinyConfig, build_tiny, tiny_config_of
 from tests.pipeline.student.runs import rewrite_view, set_cell
 
 RECORDS = {layout.HEADER, layout.MANIFEST}
@@ -42,9 +42,7 @@ class KilledError(Exception):
 def int8_cache(digits_shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
     """The teacher and views of ``built_cache``, with int8 logits and embeddings. Never written to."""
     url = str(tmp_path_factory.mktemp("int8") / "cache")
-    config = tiny_config_of(digits_shards, url, {"cache": {"logits": "int8", "embeddings": "int8"}})
-    build(config)
-    return TinyCache(url, config)
+    return build_tiny(digits_shards, url, {"cache": {"logits": "int8", "embeddings": "int8"}})
 
 
 def converted(source: str, folder: Path, **options: Any) -> str:

@@ -23,7 +23,7 @@ from pipeline.student.training.trainer import train
 from schemas.config import Config
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, copy_of, digit_samples, files, shard_urls
-from tests.pipeline.conftest import tiny_config_of
+from tests.pipeline.conftest import build_tiny
 from tests.pipeline.student.runs import CE, run_config
 
 NUM, SHARD_SIZE = 20, 10
@@ -49,9 +49,7 @@ def pack(folder: Path, label: str | None, *, shift: int = 0, swapped: bool = Fal
 
 def cache_over(shards: list[str], url: str, **sections: Any) -> TinyCache:
     keys = {"views": {"kind": "crop", "count": 1}, "cache": {"class_means": "none"}, **sections}
-    config = tiny_config_of(shards, url, keys)
-    build(config)
-    return TinyCache(url, config)
+    return build_tiny(shards, url, keys)
 
 
 @pytest.fixture(scope="module")

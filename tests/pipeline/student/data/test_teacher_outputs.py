@@ -19,8 +19,8 @@ from pipeline.student.training.setup import prepare
 from pipeline.student.training.trainer import train
 from schemas.cache_format import Output
 from tests.errors import raises
-from tests.pipeline.caches import TinyCache, build
-from tests.pipeline.conftest import tiny_config_of
+from tests.pipeline.caches import TinyCache
+from tests.pipeline.conftest import build_tiny
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, KD, cached_source, dataset, evaluated, metrics, run_config
 
@@ -31,9 +31,7 @@ ALL = np.arange(20, dtype=np.int32)
 
 def built(shards: list[str], folder: Path, **cache: Any) -> TinyCache:
     url = str(folder / "cache")
-    config = tiny_config_of(shards, url, {"views": {"kind": "crop", "count": 2}, "cache": cache})
-    build(config)
-    return TinyCache(url, config)
+    return build_tiny(shards, url, {"views": {"kind": "crop", "count": 2}, "cache": cache})
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.errors import raises
 from tests.pipeline.cache.format.codec.kinds import identity_of, logits_output, teacher_like
 from tests.pipeline.cache.plan.test_build_plan import warnings_of
 from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, files
-from tests.pipeline.conftest import TinyConfig, tiny_config_of
+from tests.pipeline.conftest import TinyConfig, build_tiny
 from tests.pipeline.heads import heads_config
 from tests.pipeline.student.runs import losses, run_config
 
@@ -42,12 +42,10 @@ def sampled(digits_shards: list[str], tmp_path_factory: pytest.TempPathFactory) 
     """Three views of 10 classes, of which a row has three or more. Never written to."""
     url = str(tmp_path_factory.mktemp("sampled") / "cache")
     cache = {"logits": "sampled:3@2", "views_per_part": 1, "embeddings": "none", "class_means": "none"}
-    config = tiny_config_of(digits_shards, url, {"views": CROPS, "cache": cache})
     with pytest.MonkeyPatch.context() as patch:
         # Measures the fidelity of every row.
         patch.setattr("pipeline.cache.build.statistics._SAMPLE_ONE_IN", 1)
-        build(config)
-    return TinyCache(url, config)
+        return build_tiny(digits_shards, url, {"views": CROPS, "cache": cache})
 
 
 @pytest.fixture(scope="module")
