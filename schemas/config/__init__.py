@@ -80,6 +80,13 @@ class Config(Section):
             raise ValueError(
                 "views.size is not given, and the boxes of scale_crop depend on it; expected such as [512, 1024]"
             )
+        # A teacher's size is that of the views; a student's is not.
+        is_alone = self.views.kind == "eval" and self.views.size is None and self.teacher.mode == "none"
+        if is_alone and self.student is not None and isinstance(self.student.size, tuple):
+            raise ValueError(
+                f"views.size is not given, and the boxes of eval views have its aspect ratio; expected "
+                f"{list(self.student.size)}, as student.size"
+            )
         return self
 
     @model_validator(mode="after")

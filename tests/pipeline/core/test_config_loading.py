@@ -143,6 +143,11 @@ SCALED = "views: {kind: scale_crop, size: 32"
         ("views: {size: [1, 2, 3]}\n", "wrong-value", ["views.size", "a list"]),
         ("views: {size: true}\n", "wrong-value", ["views.size", "True (true/false)", "number"]),
         ("views: {kind: scale_crop}\n", "conflicting-values", ["views.size is not given", "[512, 1024]"]),
+        (
+            "teacher: {mode: none}\nviews: {kind: eval}\nstudent: {model: timm/x, size: [32, 64]}\n",
+            "conflicting-values",
+            ["views.size is not given", "[32, 64]"],
+        ),
         ("views: {scale: [0.5, 3]}\n", "conflicting-values", ["scale is given", "kind crop"]),
         ("views: {fill: [0, 0, 0]}\n", "conflicting-values", ["fill is given", "kind crop"]),
         (f"{SCALED}, area: [0.5, 1]}}\n", "conflicting-values", ["area is given", "kind scale_crop"]),
