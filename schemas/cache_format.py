@@ -13,8 +13,8 @@ from schemas.config import Size, ViewsConfig, height_width, size_of
 FORMAT_VERSION = 1
 EVAL_BLOCK = "eval"
 
-Status = Literal["ok", "undecodable", "empty", "too_large", "duplicate_key", "no_image", "truncated"]
-"""The result of reading a sample's image. A teacher and a student see only ``ok`` rows."""
+Status = Literal["ok", "undecodable", "empty", "too_large", "duplicate_key", "no_image", "truncated", "bad_target"]
+"""The result of reading a sample's image, and its mask or boxes. A teacher and a student see only ``ok`` rows."""
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:

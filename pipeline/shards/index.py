@@ -126,7 +126,7 @@ class IndexBuilder:
         """
         assert sample.row == len(self._keys), "rows are added in tar order"
         self._keys.append(sample.key)
-        self._targets.append(sample.target)
+        self._targets.append(self._task.without_content(sample.target))
         content_hash = xxhash.xxh3_64_intdigest(sample.data)
         row = (STATUSES.index(status), sample.offset, sample.size, width, height, content_hash)
         for column, value in zip(self._columns.values(), row, strict=True):
@@ -179,15 +179,17 @@ def index_shard(path: Path, data: DataConfig, *, where: str, threads: int = 1, r
     builder = IndexBuilder(shard_id(where), task_of(data))
     samples = read_samples(path, data, where=where, rules=rules, notes=builder.notes)
 
+    task = task_of(data)
+
     def measure(sample: Sample) -> tuple[Sample, Status, int, int, str | None]:
-        return sample, *_measure(sample, max_pixels=data.max_pixels)
+        return sample, *_measure(sample, task, max_pixels=data.max_pixels)
 
     for row in map_ordered(measure, samples, threads=threads, name="decode"):
         builder.add(*row)
     return builder.finish()
 
 
-def _measure(sample: Sample, *, max_pixels: int) -> tuple[Status, int, int, str | None]:
+def _measure(sample: Sample, task: Task, *, max_pixels: int) -> tuple[Status, int, int, str | None]:
     """(status, width, height, reason) after a full decode."""
     if sample.status != "ok":
         return sample.status, 0, 0, None
@@ -195,7 +197,8 @@ def _measure(sample: Sample, *, max_pixels: int) -> tuple[Status, int, int, str 
         _, height, width = decode(sample.data, max_pixels=max_pixels).shape
     except BadImageError as error:
         return error.status, 0, 0, error.reason
-    return "ok", width, height, None
+    reason = task.check_target(sample.target, width, height)
+    return ("ok", width, height, None) if reason is None else ("bad_target", 0, 0, reason)
 
 
 def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:

@@ -16,7 +16,7 @@ from pipeline.core.redaction import redact
 from pipeline.shards.members import ByteRange, LinkTable, image_extensions, is_hidden, is_metadata, split_name
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.tar_headers import TarHeaders
-from pipeline.tasks import BadTargetError, task_of
+from pipeline.tasks import BadTargetError, TargetMember, task_of
 from schemas.cache_format import Status
 from schemas.config import DataConfig
 
@@ -237,7 +237,11 @@ class _ShardScan:
 
     def _parse_target(self, group: _Group) -> Any | None:
         try:
-            return self._task.parse({extension: text for extension, (_, text) in group.texts.items()})
+            members = {
+                extension: TargetMember(text, member.offset, member.size)
+                for extension, (member, text) in group.texts.items()
+            }
+            return self._task.parse_members(members)
         except BadTargetError as error:
             member, text = group.texts[error.member]
             got = _short(text.decode("utf-8", "backslashreplace")) if text else f"{member.size} bytes"

@@ -27,6 +27,7 @@ from pipeline.tasks.task import (
     BadTargetError,
     OutputSpec,
     TargetColumn,
+    TargetMember,
     Targets,
     Task,
     TaskHead,
@@ -194,6 +195,17 @@ class WithDomain(Task):
 
     def parse(self, texts: Mapping[str, bytes]) -> tuple[Any | None, str | None] | None:
         return _pair(self.base.parse(self._of_base(texts)), self.source.parse(texts))
+
+    def parse_members(self, members: Mapping[str, TargetMember]) -> tuple[Any | None, str | None] | None:
+        texts = {name: member.data for name, member in members.items()}
+        of_base = {name: members[name]._replace(data=text) for name, text in self._of_base(texts).items()}
+        return _pair(self.base.parse_members(of_base), self.source.parse(texts))
+
+    def check_target(self, target: tuple[Any | None, str | None] | None, width: int, height: int) -> str | None:
+        return self.base.check_target(None if target is None else target[0], width, height)
+
+    def without_content(self, target: tuple[Any | None, str | None] | None) -> tuple[Any | None, str | None] | None:
+        return None if target is None else (self.base.without_content(target[0]), target[1])
 
     def try_parse(self, texts: Mapping[str, bytes]) -> tuple[Any | None, str | None] | None:
         try:

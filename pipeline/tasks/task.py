@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -97,6 +97,14 @@ class TaskHead:
     def output(self) -> str:
         """The name of the logits."""
         return LOGITS if self.name is None else f"{LOGITS}.{self.name}"
+
+
+class TargetMember(NamedTuple):
+    """A member that may hold a target: its bytes, none if they are more than ``Task.max_bytes``, and where it is."""
+
+    data: bytes
+    offset: int
+    size: int
 
 
 class BadTargetError(ValueError):
@@ -249,6 +257,20 @@ class Task(ABC):
         Raises:
             BadTargetError: a member is no valid target.
         """
+
+    def parse_members(self, members: Mapping[str, TargetMember]) -> Any | None:
+        """``parse`` of their bytes, for tasks that do not store where a target is."""
+        return self.parse({extension: member.data for extension, member in members.items()})
+
+    def check_target(self, target: Any | None, width: int, height: int) -> str | None:
+        """Why a target cannot be that of an image of this size, in pixels after rotation; None: it can. The sample is
+        then a bad one, of status ``bad_target``."""
+        del target, width, height
+        return None
+
+    def without_content(self, target: Any | None) -> Any | None:
+        """What ``rows`` needs of a target, which is kept for all samples of a shard."""
+        return target
 
     def hint(self, error: BadTargetError, samples: Sequence[Mapping[str, bytes]]) -> str:
         """The next step after an error of ``parse``: keys that would read the labels of these samples.

@@ -39,7 +39,7 @@ from pipeline.tasks import Targets, Task, task_of
 from schemas.cache_format import Status, ViewBlock
 from schemas.config import DataConfig, Interpolation, Size, ViewsConfig, height_width
 
-_STATUSES_AFTER_DECODING = ("ok", *get_args(BadStatus))
+_STATUSES_AFTER_DECODING = ("ok", *get_args(BadStatus), "bad_target")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,6 +313,9 @@ def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: R
         image = decode(sample.data, max_pixels=rendering.max_pixels)
     except BadImageError as error:
         return _Rendered(error.status, reason=error.reason)
+    height, width = image.shape[1:]
+    if (reason := rendering.task.check_target(sample.target, width, height)) is not None:
+        return _Rendered("bad_target", reason=reason)
     encoded_V: list[bytes] = []
     for view, (box, flip) in enumerate(zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True)):
         view_CHW, encoded = render_view(
@@ -327,7 +330,7 @@ def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: R
         )
         views_VHWC[view].copy_(view_CHW.permute(1, 2, 0))
         encoded_V += [] if encoded is None else [encoded]
-    return _Rendered("ok", image.shape[2], image.shape[1], encoded_V=tuple(encoded_V))
+    return _Rendered("ok", width, height, encoded_V=tuple(encoded_V))
 
 
 def _assemble(

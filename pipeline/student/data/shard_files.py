@@ -54,23 +54,7 @@ class ShardFiles:
             CacheError: the tar holds other bytes now.
             ShardError: they no longer decode, or the tar ends before them.
         """
-        offset, size, expected = byte_range
-        data = self._opened[shard].reader.read(offset, size)
-        if (content_hash := xxhash.xxh3_64_intdigest(data)) != expected:
-            # Only this node's copy may be wrong: a new one is read, or the same file if it is local.
-            self._opened.pop(shard).discard()
-            data = self._opened[shard].reader.read(offset, size)
-            content_hash = xxhash.xxh3_64_intdigest(data)
-        if content_hash != expected:
-            raise CacheError(
-                "an image is not the one that was indexed",
-                code="shard.image-changed",
-                where=sample_id,
-                got=f"content hash {content_hash:016x}",
-                expected=f"{expected:016x}",
-                next_step="the shard changed since; restore it, or build another cache or index from it; after "
-                "cache relabel --shards, name those shards",
-            )
+        data = self._read(shard, byte_range, sample_id, what="an image", code="shard.image-changed")
         try:
             return decode(data, max_pixels=max_pixels)
         except BadImageError as error:
@@ -81,6 +65,35 @@ class ShardFiles:
                 got=f"{error.status}: {error.reason}",
                 next_step="use the decoder versions that built the index",
             ) from error
+
+    def target(self, shard: int, byte_range: tuple[int, int, int], *, sample_id: str) -> bytes:
+        """The member with a mask or boxes at this offset and size, verified by its hash to be the one that was indexed.
+
+        Raises:
+            CacheError: the tar holds other bytes now.
+            ShardError: the tar ends before them.
+        """
+        return self._read(shard, byte_range, sample_id, what="a mask, or boxes,", code="shard.target-changed")
+
+    def _read(self, shard: int, byte_range: tuple[int, int, int], sample_id: str, *, what: str, code: str) -> bytes:
+        offset, size, expected = byte_range
+        data = self._opened[shard].reader.read(offset, size)
+        if (content_hash := xxhash.xxh3_64_intdigest(data)) != expected:
+            # Only this node's copy may be wrong: a new one is read, or the same file if it is local.
+            self._opened.pop(shard).discard()
+            data = self._opened[shard].reader.read(offset, size)
+            content_hash = xxhash.xxh3_64_intdigest(data)
+        if content_hash != expected:
+            raise CacheError(
+                f"{what} of a shard is not the one that was indexed",
+                code=code,
+                where=sample_id,
+                got=f"content hash {content_hash:016x}",
+                expected=f"{expected:016x}",
+                next_step="the shard changed since; restore it, or build another cache or index from it; after "
+                "cache relabel --shards, name those shards",
+            )
+        return data
 
     def fetch(self, shard: int) -> None:
         """Copies a shard to this node, unless it is local or copied already. Threads may share it."""

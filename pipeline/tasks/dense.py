@@ -1,0 +1,147 @@
+"""What tasks with a target for places of an image share: the index has the place of the target in its shard, not the
+target, and a sample whose target cannot be used has a status of its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from pipeline.tasks.boxes import BadBoxesError, check_boxes, parse_boxes
+from pipeline.tasks.masks import BadMaskError, check_mask, decode_mask
+from pipeline.tasks.task import TargetColumn, TargetMember, Targets, Task
+
+OFFSET, SIZE, HASH = "target_offset", "target_size", "target_hash"
+
+
+class StoredTarget(NamedTuple):
+    """A member with a target: its byte range in the tar, the XXH3-64 of its bytes, and, until it is checked, these."""
+
+    offset: int
+    size: int
+    content_hash: int
+    data: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTask(Task):
+    """
+    Attributes:
+        label: extensions of the member with the target, best first, separated by semicolons; None: no targets are read.
+        num_labels: K, the number of classes.
+        max_pixels: of a mask.
+    """
+
+    label: str | None
+    num_labels: int
+    max_pixels: int
+
+    max_bytes = 64 << 20
+    required_keys = ("data.num_classes",)
+    default_label: ClassVar[str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"label": self.label, "num_classes": self.num_labels}
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        names = (self.label or "").split(";")
+        return tuple(name.strip().lower() for name in names if name.strip())
+
+    @property
+    def columns(self) -> tuple[TargetColumn, ...]:
+        """The hash of a target may be 0 in theory, so only the offset shows that there is none."""
+        return (
+            TargetColumn(OFFSET, pa.int64(), -1),
+            TargetColumn(SIZE, pa.int32(), -1),
+            TargetColumn(HASH, pa.uint64(), 0),
+        )
+
+    def parse_members(self, members: Mapping[str, TargetMember]) -> StoredTarget | None:
+        for name in self.members:
+            if name in members:
+                data, offset, size = members[name]
+                return StoredTarget(offset, size, xxhash.xxh3_64_intdigest(data), data)
+        return None
+
+    def without_content(self, target: StoredTarget | None) -> StoredTarget | None:
+        return None if target is None else target._replace(data=b"")
+
+    def rows(self, targets: Iterable[StoredTarget | None]) -> dict[str, NDArray[Any]]:
+        places = [(-1, -1, 0) if target is None else target[:3] for target in targets]
+        return {
+            column.name: np.array([place[at] for place in places], column.type.to_pandas_dtype())
+            for at, column in enumerate(self.columns)
+        }
+
+    def has_target(self, targets: Targets) -> NDArray[np.bool_]:
+        return targets[OFFSET] != -1
+
+    def num_invalid(self, targets: Targets) -> int:
+        return int(((targets[OFFSET] < -1) | (targets[SIZE] < 0) & (targets[OFFSET] != -1)).sum())
+
+    @abstractmethod
+    def check_target(self, target: StoredTarget | None, width: int, height: int) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MaskTask(DenseTask):
+    """``ignore``: the value of pixels that count nowhere."""
+
+    ignore: int
+
+    member_content = "a mask of class indexes as PNG"
+    default_label = "png;mask.png"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"label": self.label, "num_classes": self.num_labels, "ignore_index": self.ignore}
+
+    def is_target(self, text: bytes) -> bool:
+        try:
+            decode_mask(text, max_pixels=self.max_pixels)
+        except BadMaskError:
+            return False
+        return True
+
+    def check_target(self, target: StoredTarget | None, width: int, height: int) -> str | None:
+        if target is None:
+            return None
+        try:
+            mask_HW = decode_mask(target.data, max_pixels=self.max_pixels)
+        except BadMaskError as error:
+            return str(error)
+        return check_mask(mask_HW, width, height, num_classes=self.num_labels, ignore=self.ignore)
+
+
+@dataclass(frozen=True, slots=True)
+class BoxTask(DenseTask):
+    """``min_visible``: the share of an object that a view has to show."""
+
+    min_visible: float
+
+    member_content = "boxes and their classes as JSON"
+    default_label = "json"
+
+    def is_target(self, text: bytes) -> bool:
+        try:
+            parse_boxes(text)
+        except BadBoxesError:
+            return False
+        return True
+
+    def check_target(self, target: StoredTarget | None, width: int, height: int) -> str | None:
+        if target is None:
+            return None
+        try:
+            boxes = parse_boxes(target.data)
+        except BadBoxesError as error:
+            return str(error)
+        return check_boxes(boxes, width, height, num_classes=self.num_labels)

@@ -1,0 +1,169 @@
+"""Samples with masks or boxes: where their targets are, and those that cannot be used."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from PIL import Image
+
+from pipeline.shards.index import STATUSES, IndexBuilder, ShardIndex, decode_index, encode_index, index_shard
+from pipeline.shards.tar import read_samples
+from pipeline.shards.writer import Members, pack_shards
+from pipeline.tasks import TASKS
+from pipeline.tasks.dense import BoxTask, DenseTask, MaskTask
+from pipeline.tasks.task import Task
+from pipeline.teacher.rendering import Rendering, indexed_samples, read_groups
+from schemas.cache_format import ViewBlock
+from schemas.config import DataConfig, ViewsConfig
+
+SIZE = (20, 14)  # width, height
+NO_OUTPUTS: dict[str, Any] = dict.fromkeys(Task.__abstractmethods__, lambda *_, **__: ())
+
+
+def concrete(kind: type[DenseTask], settings: Callable[[Any], dict[str, Any]]) -> type[DenseTask]:
+    """The task without networks, whose outputs, statistics and reports are none."""
+    missing = {name: NO_OUTPUTS[name] for name in kind.__abstractmethods__}
+    of = classmethod(lambda cls, data: cls(**settings(data)))
+    return type(kind.__name__, (kind,), {**missing, "of": of, "name": kind.__name__, "__slots__": ()})
+
+
+def common(data: Any) -> dict[str, Any]:
+    return {"label": data["label"], "num_labels": data["num_classes"], "max_pixels": data.get("max_pixels", 10**6)}
+
+
+MASKS = concrete(MaskTask, lambda data: {**common(data), "ignore": data["ignore_index"]})
+BOXES = concrete(BoxTask, lambda data: {**common(data), "min_visible": 0.1})
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for task in (MASKS, BOXES):
+        monkeypatch.setitem(TASKS, task.name, task)
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG", **keys: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **keys)
+    return buffer.getvalue()
+
+
+def photograph(width: int = SIZE[0], height: int = SIZE[1], **keys: Any) -> bytes:
+    return encoded(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8), "JPEG", **keys)
+
+
+def mask(value: int = 2, width: int = SIZE[0], height: int = SIZE[1]) -> bytes:
+    return encoded(np.full((height, width), value, np.uint8))
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return photograph(exif=exif)
+
+
+def boxes(*sides: list[float], label: int = 0) -> bytes:
+    return json.dumps({"boxes": sides, "labels": [label] * len(sides)}).encode()
+
+
+MASK_SAMPLES: dict[str, tuple[Members, str]] = {
+    "good": ({"jpg": photograph(), "png": mask()}, "ok"),
+    "ignored": ({"jpg": photograph(), "mask.png": mask(255)}, "ok"),
+    "none": ({"jpg": photograph()}, "ok"),
+    "upright": ({"jpg": rotated(), "png": mask(2, SIZE[1], SIZE[0])}, "ok"),
+    "rotated": ({"jpg": rotated(), "png": mask()}, "bad_target"),
+    "small": ({"jpg": photograph(), "png": mask(2, 10, 7)}, "bad_target"),
+    "class": ({"jpg": photograph(), "png": mask(3)}, "bad_target"),
+    "colours": ({"jpg": photograph(), "png": encoded(np.zeros((*SIZE[::-1], 3), np.uint8))}, "bad_target"),
+    "truncated": ({"jpg": photograph(), "png": mask()[:45]}, "bad_target"),
+    "image": ({"jpg": b"nothing", "png": mask()}, "undecodable"),
+}
+BOX_SAMPLES: dict[str, tuple[Members, str]] = {
+    "good": ({"jpg": photograph(), "json": boxes([1, 2, 3, 4], [0, 0, 20, 14])}, "ok"),
+    "empty": ({"jpg": photograph(), "json": boxes()}, "ok"),
+    "none": ({"jpg": photograph()}, "ok"),
+    "outside": ({"jpg": photograph(), "json": boxes([1, 2, 30, 4])}, "bad_target"),
+    "no area": ({"jpg": photograph(), "json": boxes([1, 2, 0, 4])}, "bad_target"),
+    "nan": ({"jpg": photograph(), "json": boxes([1, 2, float("nan"), 4])}, "bad_target"),
+    "class": ({"jpg": photograph(), "json": boxes([1, 2, 3, 4], label=3)}, "bad_target"),
+    "no JSON": ({"jpg": photograph(), "json": b"{"}, "bad_target"),
+}
+CASES = {
+    "masks": (MASK_SAMPLES, {"task": MASKS.name, "label": "png;mask.png", "image": "jpg", "ignore_index": 255}),
+    "boxes": (BOX_SAMPLES, {"task": BOXES.name, "label": "json", "image": "jpg"}),
+}
+
+
+@pytest.fixture(params=CASES)
+def shard(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, DataConfig, dict[str, Any]]:
+    samples, keys = CASES[request.param]
+    (path,) = pack_shards(
+        ((name.replace(" ", "-"), members) for name, (members, _) in samples.items()),
+        str(tmp_path / "scenes-%d.tar"),
+        shard_size=100,
+    )
+    data = DataConfig.model_validate({}).model_copy(update={"num_classes": 3, "bad_samples": "skip", **keys})
+    return Path(path), data, samples
+
+
+def check(index: ShardIndex, path: Path, samples: dict[str, tuple[Members, str]]) -> None:
+    tar = path.read_bytes()
+    assert [STATUSES[status] for status in index.status] == [status for _, status in samples.values()]
+    for row, (members, status) in enumerate(samples.values()):
+        offset, size, content_hash = (int(index.targets[f"target_{name}"][row]) for name in ("offset", "size", "hash"))
+        (target,) = [data for name, data in members.items() if name != "jpg"] or [None]
+        if target is None:
+            assert (offset, size) == (-1, -1)
+        else:
+            assert tar[offset : offset + size] == target
+            assert content_hash == xxhash.xxh3_64_intdigest(target)
+        if status == "bad_target":
+            assert (index.width[row], index.height[row]) == (0, 0)
+            assert index.reasons[row]
+
+
+def test_an_index_has_places_and_hashes_of_targets_and_the_status_of_bad_ones(
+    shard: tuple[Path, DataConfig, dict[str, Any]],
+) -> None:
+    path, data, samples = shard
+    index = index_shard(path, data, where=str(path))
+    check(index, path, samples)
+    settings = {"image": ["jpg"], "max_pixels": data.max_pixels, **index.task.settings, "task": data.task}
+    stored = decode_index(encode_index(index, settings), where="index", settings=settings)
+    for name, values in index.targets.items():
+        assert stored.targets[name].tolist() == values.tolist()
+        assert stored.targets[name].dtype == values.dtype
+    assert stored.status.tolist() == index.status.tolist()
+    assert stored.num_ok == [status for _, status in samples.values()].count("ok")
+
+
+def test_rendering_builds_the_same_index_and_leaves_bad_targets_out(
+    shard: tuple[Path, DataConfig, dict[str, Any]],
+) -> None:
+    path, data, samples = shard
+    expected, plan = index_shard(path, data, where=str(path)), ViewsConfig(kind="scale_crop", size=8, mix_group=16)
+    rendering = Rendering(
+        shard_id=path.stem,
+        plan=plan,
+        block=ViewBlock(start=0, stop=2),
+        size=8,
+        interpolation="bilinear",
+        task=expected.task,
+        max_pixels=data.max_pixels,
+    )
+    builder = IndexBuilder(path.stem, expected.task)
+    with ThreadPoolExecutor(1) as pool:
+        groups = [*read_groups(read_samples(path, data, where="shard"), rendering, pool, builder=builder)]
+        again = [*read_groups(indexed_samples(path, expected, data, where="shard"), rendering, pool, builder=None)]
+    check(builder.finish(), path, samples)
+    for group, same in zip(groups, again, strict=True):
+        assert group.row_N.tolist() == same.row_N.tolist() == expected.ok.tolist()
+        assert group.targets["target_offset"].tolist() == expected.ok_targets["target_offset"].tolist()
+        assert (group.pixels_VNCHW == same.pixels_VNCHW).all()
