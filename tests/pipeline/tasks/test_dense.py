@@ -17,12 +17,15 @@ from PIL import Image
 from pipeline.shards.index import STATUSES, IndexBuilder, ShardIndex, decode_index, encode_index, index_shard
 from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import Members, pack_shards
+from pipeline.student.data.local_store import NodeStore
+from pipeline.student.data.shard_files import ShardFiles
 from pipeline.tasks import TASKS
 from pipeline.tasks.dense import BoxTask, DenseTask, MaskTask
 from pipeline.tasks.task import Task
 from pipeline.teacher.rendering import Rendering, indexed_samples, read_groups
 from schemas.cache_format import ViewBlock
 from schemas.config import DataConfig, ViewsConfig
+from tests.errors import raises
 
 SIZE = (20, 14)  # width, height
 NO_OUTPUTS: dict[str, Any] = dict.fromkeys(Task.__abstractmethods__, lambda *_, **__: ())
@@ -167,3 +170,22 @@ def test_rendering_builds_the_same_index_and_leaves_bad_targets_out(
         assert group.row_N.tolist() == same.row_N.tolist() == expected.ok.tolist()
         assert group.targets["target_offset"].tolist() == expected.ok_targets["target_offset"].tolist()
         assert (group.pixels_VNCHW == same.pixels_VNCHW).all()
+
+
+def test_a_target_is_compared_with_its_hash_at_every_read(
+    shard: tuple[Path, DataConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, data, samples = shard
+    index = index_shard(path, data, where=str(path))
+    row = next(iter(index.ok))
+    place = tuple(int(index.targets[f"target_{name}"][row]) for name in ("offset", "size", "hash"))
+    store = NodeStore.of(data.model_copy(update={"local_dir": str(tmp_path / "node")}))
+    files = ShardFiles([str(path)], store, name_shards="data.shards")
+    (expected,) = (content for name, content in samples["good"][0].items() if name != "jpg")
+    assert files.target(0, place, sample_id="good") == expected
+    with path.open("r+b") as file:
+        file.seek(place[0] + 1)
+        file.write(b"?")
+    with raises("shard.target-changed", where="good"):
+        files.target(0, place, sample_id="good")
+    files.close()
