@@ -176,10 +176,9 @@ def index_shard(path: Path, data: DataConfig, *, where: str, threads: int = 1, r
     Raises:
         ShardError: the tar is damaged or a label cannot be used. Bad images become rows; see ``check_samples``.
     """
-    builder = IndexBuilder(shard_id(where), task_of(data))
-    samples = read_samples(path, data, where=where, rules=rules, notes=builder.notes)
-
     task = task_of(data)
+    builder = IndexBuilder(shard_id(where), task)
+    samples = read_samples(path, data, where=where, rules=rules, notes=builder.notes)
 
     def measure(sample: Sample) -> tuple[Sample, Status, int, int, str | None]:
         return sample, *_measure(sample, task, max_pixels=data.max_pixels)

@@ -1,5 +1,5 @@
 """What tasks with a target for places of an image share: the index has the place of the target in its shard, not the
-target, and a sample whose target cannot be used has a status of its own."""
+target, and a sample whose target cannot be used has the status ``bad_target``."""
 
 from __future__ import annotations
 

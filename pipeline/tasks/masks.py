@@ -83,11 +83,11 @@ def mask_of_view(
         size: height and width of the view.
 
     Returns:
-        [height, width] of the type of the mask.
+        [height, width] of the type of the mask, or of uint16 if ``ignore`` needs that.
     """
     left, top, width, height = (int(value) for value in box)
     rows = source_positions(top, height, size[0], mask_HW.shape[0])
     columns = source_positions(left, width, size[1], mask_HW.shape[1])
-    view_hw = np.full(size, ignore, mask_HW.dtype)
+    view_hw = np.full(size, ignore, np.promote_types(mask_HW.dtype, np.min_scalar_type(ignore)))
     view_hw[: len(rows), : len(columns)] = mask_HW[rows[:, None], columns]
     return view_hw[:, ::-1].copy() if flip else view_hw

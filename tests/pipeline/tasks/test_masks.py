@@ -149,6 +149,11 @@ def test_a_mask_that_cannot_be_used_has_a_reason(data: bytes, reason: str) -> No
         decode_mask(data, max_pixels=16)
 
 
+def test_an_ignored_value_of_16_bits_is_the_padding_of_a_mask_of_8_bits() -> None:
+    view = mask_of_view(np.array([[3, 4]], np.uint8), (1, 0, 2, 1), False, (1, 2), ignore=65_535)
+    assert view.tolist() == [[4, 65_535]]
+
+
 def test_a_mask_is_of_the_upright_image_and_has_its_classes_or_the_ignored_value() -> None:
     mask = np.array([[0, 18, 255], [3, 4, 5]], np.uint8)
     assert check_mask(mask, 3, 2, num_classes=19, ignore=255) is None
