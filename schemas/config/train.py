@@ -58,14 +58,16 @@ class TrainConfig(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="On weights of two or more dimensions only.")
     warmup_steps: int = Field(0, ge=0, description="Step s of the warm-up has (s + 1) / warmup_steps of lr.")
-    schedule: Literal["cosine", "constant", "step", "exponential"] = Field(
-        "cosine", description="After warm-up; cosine ends at 0."
+    schedule: Literal["cosine", "constant", "step", "exponential", "poly"] = Field(
+        "cosine", description="After warm-up; cosine ends at 0, poly at end_lr."
     )
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="step: after each of these epochs, counted from the start, lr is multiplied by gamma."
     )
     gamma: float = Field(0.1, gt=0, le=1, description="step and exponential: factor of lr.")
     decay_epochs: float | None = Field(None, gt=0, description="exponential: epochs between two factors gamma.")
+    power: float = Field(0.9, gt=0, description="poly: exponent of the share of steps that are left.")
+    end_lr: float = Field(0.0, ge=0, description="poly: the learning rate after the last step.")
     clip_norm: float | None = Field(None, gt=0, description="Global gradient norm.")
     balance: BalanceConfig | None = Field(
         None, description="Rows of rare classes have more weight in the gradients; null: all rows have the same."
@@ -78,6 +80,9 @@ class TrainConfig(Section):
     )
     freeze: tuple[str, ...] = Field(
         (), description="Modules or parameters of the student, by name, that are not trained."
+    )
+    sync_batch_norm: bool = Field(
+        False, description="BatchNorm's statistics in training are those of the rows of all ranks; GPUs only."
     )
     compile: bool = Field(False, description="torch.compile of the student.")
     channels_last: bool | None = Field(
@@ -131,6 +136,12 @@ class TrainConfig(Section):
                 raise ValueError(f"{key} is for schedule {schedule}, and the schedule is {self.schedule}")
             if not given and self.schedule == schedule:
                 raise ValueError(f"schedule {schedule} needs {key}")
+        # By value, because the stored config of a run has every key.
+        for key in ("power", "end_lr"):
+            if self.schedule != "poly" and getattr(self, key) != TrainConfig.model_fields[key].default:
+                raise ValueError(f"{key} is for schedule poly, and the schedule is {self.schedule}")
+        if self.end_lr > self.lr:
+            raise ValueError(f"end_lr is {self.end_lr:g}, above lr, which is {self.lr:g}")
         return self
 
     @model_validator(mode="after")

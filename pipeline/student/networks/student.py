@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from pipeline.models import EmbeddingModel, FeatureMap, forward_with_maps, register_map_hooks
@@ -12,7 +13,7 @@ from pipeline.student.networks.review import Review, ReviewPlan
 from pipeline.student.networks.tokens import TokenProjector
 from pipeline.tasks import EMBEDDING
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class StudentOutputs(NamedTuple):
@@ -40,6 +41,7 @@ class Student(nn.Module):
         token_maps: the student's map whose positions are the patch tokens of a term, by its key.
         teacher_tokens: (Pt, Dt) of each teacher; empty without such terms.
         review: the feature maps that ``review_kd`` compares; None: the loss section has no ``review_kd``.
+        sync_batch_norm: BatchNorm layers in training take the statistics of all ranks, which must be on GPUs.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Student(nn.Module):
         token_maps: Mapping[str, FeatureMap] | None = None,
         teacher_tokens: Sequence[tuple[int, int]] = (),
         review: ReviewPlan | None = None,
+        sync_batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -64,13 +67,17 @@ class Student(nn.Module):
         )
         self.review = None if review is None else Review(review)
         self._review_maps = () if review is None else review.student
+        if sync_batch_norm:
+            # It replaces layers, without their hooks: timm's, because torch's would drop the activations in some.
+            convert_sync_batchnorm(self)
         by_layer = {item.layer: item for item in (*self._review_maps, *self.token_maps.values())}
         register_map_hooks(model.network, [*by_layer.values()])
 
     @property
     def min_rows(self) -> int:
-        """The smallest batch to train on: BatchNorm needs two rows."""
-        return 2 if any(isinstance(module, BATCH_NORMS) and module.training for module in self.modules()) else 1
+        """The smallest batch of a rank to train on: BatchNorm needs two rows, if it takes those of this rank alone."""
+        norms = (module for module in self.modules() if isinstance(module, BATCH_NORMS) and module.training)
+        return 1 if all(isinstance(norm, nn.SyncBatchNorm) for norm in norms) else 2
 
     def forward(self, images_BCHW: Tensor) -> StudentOutputs:
         review, num_levels = self.review, len(self._review_maps)

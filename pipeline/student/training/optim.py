@@ -71,9 +71,12 @@ def lr_factor(step: int, *, train: TrainConfig, total_steps: int) -> float:
         return (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return 1.0
+    progress = min(1.0, (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps))
     if train.schedule == "cosine":
-        progress = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if train.schedule == "poly":
+        end = train.end_lr / train.lr
+        return end + (1 - end) * (1 - progress) ** train.power
     steps_per_epoch = total_steps // train.epochs
     if train.decay_epochs is None:
         return train.gamma ** bisect_right(train.milestones, step // steps_per_epoch)

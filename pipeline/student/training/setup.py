@@ -34,7 +34,7 @@ from pipeline.student.supervision.two_classes import check_two_classes
 from pipeline.student.training.micro_batches import num_micro_batches, smallest_micro_batch
 from pipeline.student.training.optimizer_step import OptimizerStep
 from pipeline.student.training.teacher_checks import check_standardized
-from pipeline.student.training.torch_switches import check_compiler
+from pipeline.student.training.torch_switches import check_compiler, check_sync_batch_norm
 from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher
 from schemas.config import Config
@@ -137,7 +137,7 @@ def _assemble(
 ) -> TrainingSetup:
     train, source, spec = config.train, supervision.source, supervision.spec
     order = order_of(train, source.shard_ids, source.num_ok, spec.plan, num_views=source.num_views)
-    student = student or build_student(config, supervision, loss, distributed.device)
+    student = student or build_student(config, supervision, loss, distributed)
     inputs = {f"the teacher of {name}": input_of(teacher.loaded.input) for name, teacher in _named(config, supervision)}
     check_same_input(spec.plan, {**cache_inputs(spec.caches), **inputs, "the student": input_of(student.input_spec)})
     # With elastic workers, a batch that is too small for all of them is refused before the first is lost.
@@ -175,9 +175,18 @@ def input_size(spec: InputSpec) -> InputSize:
     return InputSize(spec.size, spec.interpolation)
 
 
-def build_student(config: Config, supervision: Supervision, loss: CompositeLoss, device: torch.device) -> BuiltStudent:
-    """The student with its initial weights, which are a function of ``train.seed`` alone."""
+def build_student(
+    config: Config, supervision: Supervision, loss: CompositeLoss, distributed: DistributedContext
+) -> BuiltStudent:
+    """The student with its initial weights, which are a function of ``train.seed`` alone.
+
+    Raises:
+        StillroomError: the network cannot be built, or not with the options of ``train`` on this device.
+    """
     assert config.student is not None
+    device = distributed.device
+    if config.train.sync_batch_norm:
+        check_sync_batch_norm(device)
     loaded = load_model(
         config.student,
         widths=task_of(supervision.spec.data).widths,
@@ -196,6 +205,7 @@ def build_student(config: Config, supervision: Supervision, loss: CompositeLoss,
             token_maps=maps,
             teacher_tokens=supervision.teacher_tokens,
             review=review,
+            sync_batch_norm=config.train.sync_batch_norm and distributed.size > 1,
         )
     unsafe_layers = unsafe_in_channels_last(student, device)
     channels_last = not unsafe_layers if config.train.channels_last is None else config.train.channels_last

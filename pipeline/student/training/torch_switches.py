@@ -1,4 +1,4 @@
-"""Switches of torch for a whole training: compilation and deterministic algorithms."""
+"""Switches of torch for a whole training: compilation, synchronised BatchNorm and deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -32,6 +32,23 @@ def check_compiler(device: torch.device) -> None:
             expected="a C++ compiler with Python's headers, and on a GPU Triton",
             next_step="install what is missing on every node, or set train.compile=false",
         ) from error
+
+
+def check_sync_batch_norm(device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: the device is a CPU, for which torch has no synchronised BatchNorm.
+    """
+    if device.type != "cpu":
+        return
+    raise ConfigError(
+        "torch has no synchronised BatchNorm for CPUs",
+        code="train.sync-batch-norm-on-cpu",
+        where="train.sync_batch_norm",
+        got="true, on a CPU",
+        expected="a GPU for each rank",
+        next_step="set ray.use_gpu=true, or train.sync_batch_norm=false: each rank then has statistics of its rows",
+    )
 
 
 @contextmanager

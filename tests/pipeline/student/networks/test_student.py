@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.norm_act import SyncBatchNormAct
+from torch import nn
 
 from pipeline.models import EmbeddingModel, load_model
+from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.student import Student
 from schemas.config import StudentConfig
 from tests.pipeline.student.runs import NORMALISED, SMALL
@@ -63,3 +66,35 @@ def test_the_minimum_of_rows_is_that_of_a_training_step(section: dict[str, Any],
     student = Student(model(section), terms=["nd"], teacher_dims=[teacher_dim]).train()
     assert student.min_rows == rows
     student(torch.rand(rows, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "section", [NORMALISED, {"model": "timm/test_efficientnet"}], ids=lambda section: section["model"]
+)
+def test_all_batch_norms_are_synchronised_with_the_same_tensors_and_outputs(section: dict[str, Any]) -> None:
+    """Also those of projectors, and those of timm that apply an activation, which torch's conversion drops."""
+
+    def build(*, sync_batch_norm: bool) -> Student:
+        torch.manual_seed(0)
+        return Student(model(section), terms=["nd"], teacher_dims=[7], sync_batch_norm=sync_batch_norm)
+
+    plain, synchronised = build(sync_batch_norm=False), build(sync_batch_norm=True)
+    norms = {
+        name: type(module)
+        for name, module in synchronised.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    assert norms.keys() == {
+        name for name, module in plain.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    assert norms["projectors.nd.0.0"] is nn.SyncBatchNorm
+    assert {*norms.values()} <= {nn.SyncBatchNorm, SyncBatchNormAct}
+    # Without a process group they are BatchNorm, also in training.
+    images = torch.rand(4, 3, 32, 32)
+    for student in (plain, synchronised):
+        student.train().projectors.eval()
+    torch.testing.assert_close(synchronised(images), plain(images), rtol=0, atol=0)
+    torch.testing.assert_close(synchronised.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert (plain.min_rows, synchronised.min_rows) == (2, 1)
+    freeze(synchronised.model.network, [name for name, _ in synchronised.model.network.named_children()][:-1])
+    assert not any(norm.training for norm in synchronised.model.modules() if isinstance(norm, nn.SyncBatchNorm))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, PolynomialLR
 
 from pipeline.student.training.optim import build_optimizer, build_schedule, lr_factor
 from schemas.config import TrainConfig
@@ -66,6 +66,16 @@ def test_cosine_ends_at_zero_and_stays_there() -> None:
     assert factors == pytest.approx([1.0, 0.5, 0.0, 0.0])
 
 
+def test_poly_is_torchs_and_ends_at_the_given_rate() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
+    expected = learning_rates(optimizer, PolynomialLR(optimizer, total_iters=9, power=0.9), 9)
+    assert rates(train(schedule="poly", epochs=9), 9) == pytest.approx(expected)
+    # By hand: three of four steps after the warm-up are left, then one.
+    config = train(schedule="poly", power=2.0, end_lr=0.04, warmup_steps=2)
+    factors = [lr_factor(step, train=config, total_steps=6) for step in (1, 2, 3, 5, 6, 7)]
+    assert factors == pytest.approx([1.0, 1.0, 0.2 + 0.8 * 9 / 16, 0.2 + 0.8 / 16, 0.2, 0.2])
+
+
 def test_a_step_schedule_decays_after_its_milestones_counted_from_the_start() -> None:
     """Five epochs of two steps."""
     config = train(schedule="step", milestones=[2, 4], gamma=0.1, epochs=5, warmup_steps=1)
@@ -85,6 +95,9 @@ def test_an_exponential_schedule_decays_in_stairs_of_any_length() -> None:
         ({"schedule": "exponential"}, "schedule exponential needs decay_epochs"),
         ({"milestones": [3]}, "milestones is for schedule step, and the schedule is cosine"),
         ({"schedule": "step", "milestones": [3, 3]}, "ascending epochs"),
+        ({"power": 2.0}, "power is for schedule poly, and the schedule is cosine"),
+        ({"schedule": "step", "milestones": [3], "end_lr": 0.1}, "end_lr is for schedule poly"),
+        ({"schedule": "poly", "end_lr": 0.3}, "end_lr is 0.3, above lr, which is 0.2"),
         ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "betas is for adamw, lamb, soap, and the optimizer is sgd"),
         ({"optimizer": "adamw", "alpha": 0.9}, "alpha is for rmsprop_tf"),
         ({"optimizer": "sgd", "eps": 1e-3}, "eps is for"),

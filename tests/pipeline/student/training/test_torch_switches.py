@@ -100,6 +100,13 @@ def test_a_workspace_that_is_not_deterministic_is_refused(monkeypatch: pytest.Mo
     assert caught.value.got == ":0:0"
 
 
+def test_synchronised_batch_norm_on_a_cpu_is_refused_before_training(replays: Replay, tmp_path: Path) -> None:
+    config = run_config(replays("crop").config, tmp_path / "run", student=NORMALISED, train={"sync_batch_norm": True})
+    with raises("train.sync-batch-norm-on-cpu"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_errors_pass_as_they_are() -> None:
     with pytest.raises(RuntimeError, match=r"^something else$"), deterministic(True):
         raise RuntimeError("something else")
