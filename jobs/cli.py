@@ -69,8 +69,9 @@ def shards_pack(
         float, typer.Option(min=0, max=0.99, help="Share of each class in validation shards, 0 to 0.99.")
     ] = 0,
     labels: Annotated[
-        Literal["folder", "none"], typer.Option(help="Class of an image: the first folder, or none.")
-    ] = "folder",
+        Literal["folder", "none"] | None,
+        typer.Option(help="Class of an image: the first folder (default), or none (with --masks or --coco)."),
+    ] = None,
     classes: Annotated[str | None, typer.Option(help="classes.json of another packing, for its class indexes.")] = None,
     name: Annotated[str, typer.Option(help="Stem of the shards' names.")] = "train",
     links_out: Annotated[
@@ -78,18 +79,38 @@ def shards_pack(
     ] = False,
     bad_images: Annotated[
         Literal["fail", "skip", "pack"],
-        typer.Option(help="Images that cannot be decoded: stop and list them, omit them, or copy them unchecked."),
+        typer.Option(
+            help="Images that cannot be decoded, or whose mask or boxes do not fit: stop and list them, omit them, or "
+            "copy them unchecked."
+        ),
     ] = "fail",
+    masks: Annotated[
+        str | None,
+        typer.Option(help="Folder or URL of masks: the class indexes of the pixels of a/b.jpg are in its a/b.png."),
+    ] = None,
+    coco: Annotated[
+        str | None, typer.Option(help="JSON file of COCO with the boxes of the images, which it names below SRC.")
+    ] = None,
 ) -> None:
     """Pack a folder tree of images into shuffled shards. Resumes automatically."""
     from jobs.pack_shards import describe, pack
     from pipeline.shards.omissions import Omissions
     from pipeline.shards.pack_plan import PackSettings
+    from pipeline.shards.pack_targets import TargetSource
 
+    targets = TargetSource.of(masks=masks, coco=coco)
+    labels = labels or ("folder" if targets is None else "none")
     settings = PackSettings(name, shard_size, shard_bytes, seed, val_share, labels)
     omissions = Omissions()
     packing = pack(
-        source, out, settings, classes_url=classes, links_out=links_out, bad_images=bad_images, omissions=omissions
+        source,
+        out,
+        settings,
+        classes_url=classes,
+        links_out=links_out,
+        bad_images=bad_images,
+        omissions=omissions,
+        targets=targets,
     )
     print(describe(packing, out, num_left_out=omissions.counts.total()))
 

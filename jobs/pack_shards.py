@@ -17,8 +17,10 @@ from pipeline.shards.pack_plan import (
     Packing,
     PackSettings,
     plan_packing,
-    split_folders,
+    some_of,
 )
+from pipeline.shards.pack_targets import TargetSource
+from pipeline.shards.split_folders import split_folders
 
 
 def pack(
@@ -30,6 +32,7 @@ def pack(
     links_out: bool = False,
     bad_images: BadImages = "fail",
     omissions: Omissions | None = None,
+    targets: TargetSource | None = None,
 ) -> Packing:
     """Packs a folder tree. An interrupted packing resumes.
 
@@ -38,11 +41,13 @@ def pack(
         StorageInputError: ``out_url`` contains other files, or a link leads out of the tree without ``links_out``.
     """
     classes = None if classes_url is None else _read_classes(classes_url)
-    packing = plan_packing(source_url, settings, out_url=out_url, classes=classes, links_out=links_out)
-    if not packing.classes and (splits := split_folders(packing.paths)):
+    packing = plan_packing(source_url, settings, out_url=out_url, classes=classes, links_out=links_out, targets=targets)
+    if settings.labels == "none" and (splits := split_folders(packing.paths)):
         warn(f"pack: the images of {', '.join(splits)} go into the same shards; pack each folder to separate them")
     if packing.skipped.counts:
         warn(f"pack: skipped {', '.join(packing.skipped.lines())}")
+    if targets is not None and (paths := packing.without_target):
+        warn(f"pack: {len(paths)} of {packing.num_images} images have no {targets.noun} ({some_of(paths)})")
     omissions = Omissions() if omissions is None else omissions
     with ProgressView("pack", packing.num_images) as progress:
         for num_images in write_packing(packing, out_url, bad_images=bad_images, omissions=omissions):
@@ -76,7 +81,23 @@ def describe(packing: Packing, out_url: str, *, num_left_out: int = 0) -> str:
     for stem, shards in names.items():
         key = "val_shards" if stem == "val" else "shards"
         lines.append(f'  {key}: "{storage.join(out_url, _pattern(stem, len(shards)))}"')
-    return "\n".join([*lines, f"  num_classes: {len(packing.classes)}" if packing.classes else "  label: null"])
+    return "\n".join([*lines, *_target_lines(packing, out_url)])
+
+
+def _target_lines(packing: Packing, out_url: str) -> list[str]:
+    """Task and classes."""
+    if packing.targets is None:
+        return [f"  num_classes: {len(packing.classes)}" if packing.classes else "  label: null"]
+    if packing.targets.kind == "coco":
+        names = some_of([json.dumps(name) for name in packing.classes])
+        return [
+            "  task: detection",
+            f'  classes: "{storage.join(out_url, CLASSES)}"  # {len(packing.classes)}: {names}',
+        ]
+    # A PNG is not the default image of the task.
+    extensions = sorted({image.extension for images in packing.shards.values() for image in images})
+    image = [f"  image: {';'.join(extensions)}"] if "png" in extensions else []
+    return ["  task: segmentation", *image, "  num_classes:  # how many classes the masks have"]
 
 
 def _pattern(stem: str, num_shards: int) -> str:

@@ -20,7 +20,7 @@ from pipeline.storage.config_files import read_document
 from pipeline.storage.label_files import with_label_files
 from pipeline.student.evaluation.metrics import MetricSet, metrics_of
 from pipeline.student.run.checkpoint import LAST
-from pipeline.tasks import task_of
+from pipeline.tasks import network_keys
 from schemas.config import Config, StudentConfig, TeacherConfig
 from schemas.recipe import GridConfig, RecipeConfig, Stage
 
@@ -289,7 +289,7 @@ class _Resolver:
     def _require(self, where: str, config: Config, *keys: str) -> None:
         """Also the keys of the task. Missing keys of ``data`` are reported for the section ``common``, since all stages
         share them."""
-        command, keys = f"the stage {where} of {self.source}", (*keys, *task_of(config.data).required_keys)
+        command, keys = f"the stage {where} of {self.source}", (*keys, *network_keys(config.data))
         require(config, *(key for key in keys if key.startswith("data.")), command=command, section="common.")
         require(config, *(key for key in keys if not key.startswith("data.")), command=command, section=f"{where}.")
 

@@ -31,6 +31,7 @@ from pipeline.shards.omissions import Omissions, merged
 from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import MemberRules, Sample, TarNotes, read_samples
 from pipeline.tasks import Targets, Task, task_of, task_settings
+from pipeline.tasks.dense import OFFSET, SIZE, StoredTarget
 from schemas.cache_format import FORMAT_VERSION, Status, index_schema
 from schemas.config import DataConfig, HeadConfig
 
@@ -223,9 +224,13 @@ def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
         got=f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; first {', '.join(first)}",
         expected=f"at most {data.max_bad_share:.4g} of them bad (data.max_bad_share)"
         if skips
-        else "one whole JPEG, PNG or WebP image a sample, every key once",
+        else f"one whole JPEG, PNG or WebP image a sample, every key once{_expected_target(index, counts)}",
         next_step=_next_step(index, skips=skips),
     )
+
+
+def _expected_target(index: ShardIndex, counts: Mapping[Status, int]) -> str:
+    return f", {index.task.member_content} that fits the image" if "bad_target" in counts else ""
 
 
 def _next_step(index: ShardIndex, *, skips: bool) -> str:
@@ -249,15 +254,27 @@ def _bad_rows(index: ShardIndex) -> list[int]:
 def _status_and_reason(index: ShardIndex, row: int, data: DataConfig, url: str) -> str:
     status = STATUSES[index.status[row]]
     reason = index.reasons.get(row)
-    if reason is None and status in get_args(BadStatus) and index.size[row]:
+    if reason is None and status in (*get_args(BadStatus), "bad_target") and index.size[row]:
         try:
-            image = storage.read_range(url, int(index.offset[row]), int(index.size[row]))
-            decode(image, max_pixels=data.max_pixels)
-        except BadImageError as error:
-            reason = error.reason
+            reason = _reason(index, row, data, url)
         except StillroomError as error:
             reason = f"its reason is not stored, and the shard cannot be read: {error.what}"
     return f"{status}: {reason}" if reason else status
+
+
+def _reason(index: ShardIndex, row: int, data: DataConfig, url: str) -> str | None:
+    """Read again from the shard."""
+    try:
+        image = storage.read_range(url, int(index.offset[row]), int(index.size[row]))
+        _, height, width = decode(image, max_pixels=data.max_pixels).shape
+    except BadImageError as error:
+        return error.reason
+    if STATUSES[index.status[row]] != "bad_target":
+        return None
+    offset, size = int(index.targets[OFFSET][row]), int(index.targets[SIZE][row])
+    target = StoredTarget(offset, size, 0, storage.read_range(url, offset, size))
+    task = task_of(data.model_copy(update={"domain": None}))
+    return task.check_target(target, width, height)
 
 
 def omissions_of(index: ShardIndex) -> Omissions:

@@ -127,7 +127,8 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
         code="data.label-not-found",
         where=where,
         got=f"labels: {count}",
-        expected=f"members <key>.cls with {task.member_content}, or the name of the member that holds it",
+        expected=f"members <key>.{task.default_member} with {task.member_content}, or the name of the member that has "
+        "it",
         next_step=next_step,
     )
 
@@ -176,6 +177,8 @@ def domain_warning(count: LabelCount, data: DataConfig) -> str | None:
 
 def _possible(count: LabelCount, data: DataConfig) -> str:
     """Members that may have names of classes."""
+    if data.is_dense:
+        return ""
     others = [name for name in count.members or () if name not in image_extensions(data) and not name.endswith("json")]
     return "".join(f"data.label={name} with data.classes if it holds names, or " for name in others[:_NUM_POSSIBLE])
 

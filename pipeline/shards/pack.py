@@ -19,17 +19,16 @@ from pipeline.core.threads import map_ordered
 from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.pack_plan import CLASSES, Packing, SourceImage, pack_command, some_of
+from pipeline.shards.pack_targets import MAX_PIXELS, target_problem
 from pipeline.shards.writer import Members, write_shard
 from pipeline.tasks.classification import Classification
-from schemas.config import DataConfig
 
 BadImages = Literal["fail", "skip", "pack"]
 
 _RECORD = "packing.json"
 _READ_THREADS = 16
 _READ_AHEAD = 64  # images in memory
-_BAD_IMAGES = "images that cannot be decoded"
-_MAX_PIXELS = DataConfig.model_validate({}).max_pixels
+_BAD_IMAGES, _BAD_TARGETS = "images that cannot be decoded", "images whose mask or boxes cannot be used"
 
 
 def write_packing(
@@ -38,8 +37,8 @@ def write_packing(
     """Writes the missing shards, then ``classes.json``. Yields the number of images of each shard after it is written.
 
     Args:
-        bad_images: what to do with an image that cannot be decoded. fail: write all shards that have none, then raise;
-            skip: leave it out; pack: decode nothing, and copy every image.
+        bad_images: what to do with an image that cannot be decoded, or whose mask or boxes cannot be used. fail: write
+            all shards that have none, then raise; skip: leave it out; pack: decode nothing, and copy every image.
         omissions: filled with the images that are left out.
 
     Raises:
@@ -52,7 +51,7 @@ def write_packing(
     unwritten = False
     for name, images in packing.shards.items():
         url = storage.join(out_url, name)
-        if name not in present and not _write(packing.source_url, images, url, bad_images, omissions):
+        if name not in present and not _write(packing, images, url, bad_images, omissions):
             unwritten = True
         yield len(images)
     if bad_images == "fail" and omissions.counts:
@@ -68,22 +67,22 @@ class _UnusableShardError(Exception):
 
 
 def _write(
-    source_url: str, images: Sequence[SourceImage], url: str, bad_images: BadImages, omissions: Omissions
+    packing: Packing, images: Sequence[SourceImage], url: str, bad_images: BadImages, omissions: Omissions
 ) -> bool:
     """Whether the shard was written: not if it has a bad image under ``fail``, nor if all its images are bad."""
 
     def usable() -> Iterator[tuple[str, Members]]:
         num_bad = 0
-        read = partial(_read, source_url, decodes=bad_images != "pack")
-        for image, (data, reason) in zip(
+        read = partial(_read, packing, decodes=bad_images != "pack")
+        for image, (members, reason) in zip(
             images, map_ordered(read, images, threads=_READ_THREADS, ahead=_READ_AHEAD, name="pack"), strict=True
         ):
             if reason is not None:
-                omissions.add(_BAD_IMAGES, f"{image.path}: {reason}")
+                omissions.add(*reason)
                 num_bad += 1
             elif not num_bad or bad_images == "skip":
                 label = {} if image.label is None else Classification().encode(image.label)
-                yield image.key, {image.extension: data, **label}
+                yield image.key, {**members, **label}
         # At the end, so that one run reports all bad images.
         if num_bad and (bad_images == "fail" or num_bad == len(images)):
             raise _UnusableShardError
@@ -96,13 +95,13 @@ def _write(
 
 
 def _bad_images_error(source_url: str, omissions: Omissions, *, is_all_of_shard: bool) -> ShardError:
-    what = f"{omissions.counts[_BAD_IMAGES]} images cannot be used"
+    what = f"{omissions.counts.total()} images cannot be used"
     return ShardError(
         f"{what}, among them all of a shard" if is_all_of_shard else what,
         code="pack.bad-images",
         where=redact(source_url),
         got=", ".join(omissions.lines()),
-        expected="whole JPEG, PNG or WebP images",
+        expected="whole JPEG, PNG or WebP images, with masks or boxes that fit them",
         next_step="repair or remove them and pack into a new folder"
         if is_all_of_shard
         else "run the command again with --bad-images skip to leave them out (it resumes), "
@@ -120,7 +119,7 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
             where=redact(out_url),
             got=some_of(sorted(present)),
             expected="a new or empty folder",
-            next_step=f"run: {pack_command(packing.source_url, storage.join(out_url, 'shards'), packing.settings)}",
+            next_step=_command(packing, storage.join(out_url, "shards")),
         )
     if not storage.create(url, packing.record()) and (stored := storage.read(url)) != packing.record():
         raise StorageInputError(
@@ -129,9 +128,13 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
             where=redact(out_url),
             got=_changes(stored, packing.record()),
             expected="a separate folder for each packing, or the images and options that this one began with",
-            next_step=f"run: {pack_command(packing.source_url, _next_folder(out_url), packing.settings)}",
+            next_step=_command(packing, _next_folder(out_url)),
         )
     return present
+
+
+def _command(packing: Packing, out_url: str) -> str:
+    return f"run: {pack_command(packing.source_url, out_url, packing.settings, targets=packing.targets)}"
 
 
 def _changes(stored: bytes, record: bytes) -> str:
@@ -153,26 +156,39 @@ def _next_folder(out_url: str) -> str:
     return next(url for url in (f"{base}-{number}" for number in count(2)) if not storage.listing(url))
 
 
-def _read(source_url: str, image: SourceImage, *, decodes: bool) -> tuple[bytes, str | None]:
-    """The bytes of an image, and the reason if it ``decodes`` them and they are no image.
+def _read(packing: Packing, image: SourceImage, *, decodes: bool) -> tuple[Members, tuple[str, str] | None]:
+    """Image and target by extension, and the kind and text of an omission if it ``decodes`` them and cannot.
 
     Raises:
-        ShardError: the size of the image differs from the listing.
+        ShardError: the size of a file differs from the listing.
     """
-    url = storage.join(source_url, image.path)
-    data = storage.read(url)
-    if len(data) != image.size_bytes:
+    url = storage.join(packing.source_url, image.path)
+    data, target = storage.read(url), image.target
+    _check_size(data, image.size_bytes, url)
+    members = {image.extension: data}
+    if target is not None:
+        members[target.extension] = target.read()
+        _check_size(members[target.extension], target.size_bytes, target.url or url)
+    if not decodes:
+        return members, None
+    try:
+        _, height, width = decode(data, max_pixels=MAX_PIXELS).shape
+    except BadImageError as error:
+        return members, (_BAD_IMAGES, f"{image.path}: {error.reason}")
+    if target is not None:
+        num_classes = len(packing.classes)
+        if reason := target_problem(target, members[target.extension], width, height, num_classes=num_classes):
+            return members, (_BAD_TARGETS, f"{image.path}: {reason}")
+    return members, None
+
+
+def _check_size(data: bytes, size_bytes: int, url: str) -> None:
+    if len(data) != size_bytes:
         raise ShardError(
-            "an image changed while it was packed",
+            "a file changed while it was packed",
             code="pack.image-changed",
             where=redact(url),
             got=f"{len(data)} bytes",
-            expected=f"{image.size_bytes} bytes",
-            next_step="pack into another folder once the images no longer change",
+            expected=f"{size_bytes} bytes",
+            next_step="pack into another folder once the files no longer change",
         )
-    try:
-        if decodes:
-            decode(data, max_pixels=_MAX_PIXELS)
-    except BadImageError as error:
-        return data, error.reason
-    return data, None

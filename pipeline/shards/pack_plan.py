@@ -5,18 +5,26 @@ The same tree and settings give the same plan on every machine.
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.core.errors import ShardError
 from pipeline.core.hashing import canonical_json, digest, seal, shuffle_key
 from pipeline.core.redaction import redact
 from pipeline.shards.omissions import Omissions
+from pipeline.shards.pack_targets import (
+    FoundTargets,
+    SourceTarget,
+    TargetSource,
+    check_options,
+    find_targets,
+    without_masks,
+)
+from pipeline.shards.split_folders import split_folders
 from pipeline.shards.writer import check_name
 
 Labels = Literal["folder", "none"]
@@ -25,9 +33,6 @@ CLASSES = "classes.json"
 _EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _VAL = "val"
 _BLOCK_BYTES = 512
-_SPLIT = re.compile(
-    r"(?P<role>train|val|test|dev|eval)(ing|id|idation|uation)?([-_]?(set|images|\d{4}))?", re.IGNORECASE
-)
 _NUM_NAMED = 3
 _NO_CLASS = "in no class folder"
 
@@ -53,13 +58,15 @@ class PackSettings:
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """One image of the tree: its path below the source, its key and extension in the shard, its class index."""
+    """One image of the tree: its path below the source, its key and extension in the shard, its class index or its mask
+    or boxes."""
 
     path: str
     key: str
     extension: str
     label: int | None
     size_bytes: int
+    target: SourceTarget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +75,9 @@ class Packing:
 
     Attributes:
         shards: images by file name, in order.
-        classes: index by folder name; empty without labels.
+        classes: index by folder name, or by category of boxes; empty without labels.
         skipped: the files that are not packed, by reason.
+        targets: of masks or boxes.
     """
 
     source_url: str
@@ -77,6 +85,13 @@ class Packing:
     shards: dict[str, list[SourceImage]]
     classes: dict[str, int]
     skipped: Omissions
+    targets: TargetSource | None = None
+
+    @property
+    def without_target(self) -> list[str]:
+        """Paths of images that have no mask, or no entry in the file of boxes."""
+        images = [image for images in self.shards.values() for image in images] if self.targets else []
+        return sorted(image.path for image in images if image.target is None)
 
     @property
     def num_images(self) -> int:
@@ -88,7 +103,7 @@ class Packing:
 
     def record(self) -> bytes:
         """Equal for packings that write the same bytes."""
-        source = [[image.key, image.extension, image.size_bytes] for images in self.shards.values() for image in images]
+        source = [_record_of(image) for images in self.shards.values() for image in images]
         return seal(
             {
                 "settings": asdict(self.settings),
@@ -100,6 +115,12 @@ class Packing:
         )
 
 
+def _record_of(image: SourceImage) -> list[Any]:
+    target = image.target
+    stored = [] if target is None else [target.extension, target.size_bytes, target.data.decode()]
+    return [image.key, image.extension, image.size_bytes, *stored]
+
+
 def plan_packing(
     source_url: str,
     settings: PackSettings,
@@ -107,18 +128,22 @@ def plan_packing(
     out_url: str = "OUT",
     classes: Mapping[str, int] | None = None,
     links_out: bool = False,
+    targets: TargetSource | None = None,
 ) -> Packing:
     """Lists the tree. The class of an image is its first folder, as in torchvision's ``ImageFolder``.
 
     Args:
         out_url: where the shards will be written, for commands in messages.
-        classes: the index of every class, given by another tree; by default the folders are numbered in name order.
+        classes: the index of every class, given by another packing; by default the folders are numbered in name order,
+            and categories of boxes in the order of their ids.
         links_out: also follow links that lead out of the tree.
+        targets: masks or boxes to pack with images without labels.
 
     Raises:
         StorageInputError: a link leads out of the tree, or in a circle.
-        ShardError: there is nothing to pack, the first folders are splits such as train and val instead of classes, a
-            class has no image, or there are fewer than two classes.
+        ShardError: options exclude each other, no image has a mask or boxes, there is nothing to pack, the first
+            folders are splits such as train and val instead of classes, a class has no image, or there are fewer than
+            two classes.
     """
     if settings.val_share and settings.name == _VAL:
         raise ShardError(
@@ -128,22 +153,36 @@ def plan_packing(
             got=settings.name,
             next_step="choose another --name, or leave out --val-share",
         )
+    check_options(settings.labels, targets, has_classes=classes is not None)
     sizes = storage.sizes(source_url, links_out=links_out)
+    sizes = {path: sizes[path] for path in without_masks(targets, source_url, sizes)}
     usable, skipped = _separate(sizes, settings.labels)
     where = redact(source_url)
     if not usable:
         raise _nothing_to_pack(where, skipped, settings.labels)
-    indexes: dict[str, int] = {}
+    found = FoundTargets({})
+    if targets is not None:
+        found = find_targets(targets, source_url, usable, classes=classes, links_out=links_out)
+        skipped.include(found.unused)
+    indexes = found.classes
     if settings.labels == "folder":
         _check_splits(usable, source_url, settings, out_url)
         indexes = _class_indexes(source_url, sorted({_class_of(path) for path in usable}), classes)
     keys = _keys(usable)
     images = [
-        SourceImage(path, keys[path], _extension(path), indexes.get(_class_of(path)), sizes[path]) for path in usable
+        SourceImage(
+            path,
+            keys[path],
+            _extension(path),
+            None if settings.labels == "none" else indexes[_class_of(path)],
+            sizes[path],
+            found.by_path.get(path),
+        )
+        for path in usable
     ]
     for image in images:
         check_name(image.key, image.extension)
-    return Packing(source_url, settings, _shards(images, settings), indexes, skipped)
+    return Packing(source_url, settings, _shards(images, settings), indexes, skipped, targets)
 
 
 def _extension(path: str) -> str:
@@ -190,26 +229,6 @@ def _nothing_to_pack(where: str, skipped: Omissions, labels: Labels) -> ShardErr
     )
 
 
-def split_folders(paths: Iterable[str]) -> list[str]:
-    """The first folders of a tree of splits (``train``, ``val``, ``test`` …), training first; empty for classes.
-
-    A class may also be called ``train``. The folders are splits only if no other folder has images, or if two different
-    splits have a class of the same name.
-    """
-    classes: defaultdict[str, set[str]] = defaultdict(set)
-    for path in paths:
-        folder, slash, rest = path.partition("/")
-        if slash:
-            classes[folder].add(rest.partition("/")[0] if "/" in rest else "")
-    roles = {folder: match["role"].lower() for folder in classes if (match := _SPLIT.fullmatch(folder))}
-    shared = Counter(name for folder in roles for name in classes[folder] - {""})
-    are_splits = len(roles) == len(classes) or (len({*roles.values()}) > 1 and max(shared.values(), default=0) > 1)
-    # A single folder of images without subfolders may be the first class of a data set.
-    if not are_splits or (len(roles) == 1 and not shared):
-        return []
-    return sorted(roles, key=lambda folder: (roles[folder] != "train", folder))
-
-
 def _check_splits(paths: Sequence[str], source_url: str, settings: PackSettings, out_url: str) -> None:
     """
     Raises:
@@ -242,7 +261,14 @@ def _check_splits(paths: Sequence[str], source_url: str, settings: PackSettings,
     )
 
 
-def pack_command(source_url: str, out_url: str, settings: PackSettings, *, classes_url: str | None = None) -> str:
+def pack_command(
+    source_url: str,
+    out_url: str,
+    settings: PackSettings,
+    *,
+    classes_url: str | None = None,
+    targets: TargetSource | None = None,
+) -> str:
     """The command that packs with these settings, quoted for a shell."""
     default = PackSettings()
     options = {
@@ -252,6 +278,8 @@ def pack_command(source_url: str, out_url: str, settings: PackSettings, *, class
     }
     if classes_url is not None:
         options["--classes"] = redact(classes_url)
+    if targets is not None:
+        options[f"--{targets.kind}"] = redact(targets.url)
     command = ["stillroom", "shards", "pack", redact(source_url), redact(out_url)]
     return shlex.join([*command, *(argument for option in options.items() for argument in option)])
 
@@ -368,6 +396,8 @@ def _fill_shards(images: list[SourceImage], settings: PackSettings) -> Iterator[
 
 
 def _tar_bytes(image: SourceImage) -> int:
-    """A header and full blocks for the image, and the same for its label."""
-    label = 0 if image.label is None else 2 * _BLOCK_BYTES
-    return _BLOCK_BYTES + -(-image.size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES + label
+    """A header and full blocks for the image, and the same for its label and its target."""
+    label = [] if image.label is None else [1]
+    target = [] if image.target is None else [image.target.size_bytes]
+    sizes = [image.size_bytes, *label, *target]
+    return sum(_BLOCK_BYTES + -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES for size_bytes in sizes)

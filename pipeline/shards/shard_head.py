@@ -71,7 +71,7 @@ def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes:
     complete = groups if is_complete else groups[:-1]
     if with_image := [group for group in complete if _has_image(group, data)]:
         covered = size_bytes if is_complete else groups[-1][0].offset
-        targets = task.rows(_target(group, task) for group in with_image)
+        targets = task.rows(_target(group, task, data) for group in with_image)
         return ShardHead(covered, len(with_image), targets, _count_members(complete, task))
     if is_complete:
         members = [member for group in complete for member in group]
@@ -139,7 +139,9 @@ def _has_image(group: list[_Member], data: DataConfig) -> bool:
     return not {member.extension for member in group}.isdisjoint(image_extensions(data))
 
 
-def _target(group: list[_Member], task: Task) -> Any | None:
+def _target(group: list[_Member], task: Task, data: DataConfig) -> Any | None:
     # The first one of repeated members counts.
     texts = {member.extension: member.text for member in reversed(group)}
-    return task.try_parse({extension: texts[extension] for extension in task.read_members if extension in texts})
+    image = next(name for name in image_extensions(data) if name in texts)
+    members = [name for name in task.read_members if name in texts and name != image]
+    return task.try_parse({name: texts[name] for name in members})

@@ -240,6 +240,7 @@ class _ShardScan:
             members = {
                 extension: TargetMember(text, member.offset, member.size)
                 for extension, (member, text) in group.texts.items()
+                if member is not group.image
             }
             return self._task.parse_members(members)
         except BadTargetError as error:

@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.core.errors import ConfigError
 from pipeline.tasks.classification import Classification
+from pipeline.tasks.dense import Detection, Segmentation
 from pipeline.tasks.domain_statistics import check_num_domains
 from pipeline.tasks.domains import with_domain, without_domain
 from pipeline.tasks.embedding import Embedding
@@ -33,7 +35,7 @@ from pipeline.tasks.task import (
 from schemas.config import DataConfig
 
 _DEFAULT = Classification.name
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Heads, Embedding)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Heads, Embedding, Segmentation, Detection)}
 """By name."""
 
 
@@ -49,6 +51,25 @@ def task_of(data: DataConfig | Mapping[str, Any]) -> Task:
         raise ValueError(f"the task is {name!r}, which this version does not have")
     task, domain = TASKS[name].of(settings), settings.get(DOMAIN)
     return task if domain is None else with_domain(task, domain)
+
+
+def network_keys(data: DataConfig) -> tuple[str, ...]:
+    """``Task.required_keys``, for commands that build networks.
+
+    Raises:
+        ConfigError: this version has no networks for the task.
+    """
+    task = task_of(data)
+    if not task.has_networks:
+        raise ConfigError(
+            f"this version has no networks for task {task.name}",
+            code="config.task-without-networks",
+            where="data.task",
+            got=task.name,
+            expected=", ".join(name for name, kind in TASKS.items() if kind.has_networks),
+            next_step="stillroom shards index reads and checks the masks or boxes of shards",
+        )
+    return task.required_keys
 
 
 def task_settings(data: DataConfig) -> dict[str, Any]:
@@ -74,6 +95,7 @@ __all__ = [
     "TaskHead",
     "TeacherOutputs",
     "check_num_domains",
+    "network_keys",
     "output_roles",
     "planned_outputs",
     "task_of",

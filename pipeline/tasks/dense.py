@@ -3,10 +3,9 @@ target, and a sample whose target cannot be used has the status ``bad_target``."
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,18 @@ from numpy.typing import NDArray
 
 from pipeline.tasks.boxes import BadBoxesError, check_boxes, parse_boxes
 from pipeline.tasks.masks import BadMaskError, check_mask, decode_mask
-from pipeline.tasks.task import TargetColumn, TargetMember, Targets, Task
+from pipeline.tasks.task import (
+    OutputSpec,
+    Recount,
+    StatisticsAccumulator,
+    TargetColumn,
+    TargetMember,
+    Targets,
+    Task,
+    TeacherOutputs,
+)
+from schemas.cache_format import Statistics
+from schemas.config import CacheConfig
 
 OFFSET, SIZE, HASH = "target_offset", "target_size", "target_hash"
 
@@ -29,9 +39,27 @@ class StoredTarget(NamedTuple):
     data: bytes = b""
 
 
+class NoStatistics(StatisticsAccumulator, Recount):
+    """Of tasks without networks."""
+
+    def add(self, outputs: TeacherOutputs, targets: Targets) -> None: ...
+
+    def add_part(self, statistics: Statistics) -> None: ...
+
+    def result(self) -> dict[str, Any]:
+        return {}
+
+    def add_view(self, mix_lambda_M: NDArray[np.float32], rows: slice) -> None: ...
+
+    def add_outputs(self, name: str, values: NDArray[np.float32], rows: slice, *, exact: bool) -> None: ...
+
+    def compare(self, stated: Statistics, expect: Callable[[str, object, object], object]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class DenseTask(Task):
-    """
+    """A task that reads and checks targets, and has no networks.
+
     Attributes:
         label: extensions of the member with the target, best first, separated by semicolons; None: no targets are read.
         num_labels: K, the number of classes.
@@ -44,7 +72,7 @@ class DenseTask(Task):
 
     max_bytes = 64 << 20
     required_keys = ("data.num_classes",)
-    default_label: ClassVar[str]
+    has_networks = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,6 +99,16 @@ class DenseTask(Task):
                 return StoredTarget(offset, size, xxhash.xxh3_64_intdigest(data), data)
         return None
 
+    def parse(self, texts: Mapping[str, bytes]) -> StoredTarget | None:
+        """Without the place of the member."""
+        return self.parse_members({name: TargetMember(text, 0, len(text)) for name, text in texts.items()})
+
+    def try_parse(self, texts: Mapping[str, bytes]) -> StoredTarget | None:
+        return self.parse(texts)
+
+    def encode(self, target: StoredTarget) -> dict[str, bytes]:
+        return {self.members[0]: target.data}
+
     def without_content(self, target: StoredTarget | None) -> StoredTarget | None:
         return None if target is None else target._replace(data=b"")
 
@@ -87,18 +125,51 @@ class DenseTask(Task):
     def num_invalid(self, targets: Targets) -> int:
         return int(((targets[OFFSET] < -1) | (targets[SIZE] < 0) & (targets[OFFSET] != -1)).sum())
 
-    @abstractmethod
-    def check_target(self, target: StoredTarget | None, width: int, height: int) -> str | None: ...
+    @property
+    def statistics_fields(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def statistics_outputs(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {}
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {}
+
+    def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
+        del cache, widths
+        return ()
+
+    def accumulate(self) -> NoStatistics:
+        return NoStatistics()
+
+    def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> NoStatistics:
+        del targets, mix_group, outputs
+        return NoStatistics()
+
+    def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
+        del statistics
+        return {}
 
 
 @dataclass(frozen=True, slots=True)
-class MaskTask(DenseTask):
+class Segmentation(DenseTask):
     """``ignore``: the value of pixels that count nowhere."""
 
     ignore: int
 
+    name = "segmentation"
     member_content = "a mask of class indexes as PNG"
-    default_label = "png;mask.png"
+    default_member = "mask.png"
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Segmentation:
+        return cls(settings["label"], settings["num_classes"], settings["max_pixels"], settings["ignore_index"])
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -122,13 +193,14 @@ class MaskTask(DenseTask):
 
 
 @dataclass(frozen=True, slots=True)
-class BoxTask(DenseTask):
-    """``min_visible``: the share of an object that a view has to show."""
-
-    min_visible: float
-
+class Detection(DenseTask):
+    name = "detection"
     member_content = "boxes and their classes as JSON"
-    default_label = "json"
+    default_member = "json"
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Detection:
+        return cls(settings["label"], settings["num_classes"], settings["max_pixels"])
 
     def is_target(self, text: bytes) -> bool:
         try:

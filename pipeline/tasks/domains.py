@@ -142,6 +142,8 @@ class WithDomain(Task):
     member_content = cast("str", property(attrgetter("base.member_content")))
     max_bytes = _MAX_BYTES
     required_keys = cast("tuple[str, ...]", property(attrgetter("base.required_keys")))
+    has_networks = cast("bool", property(attrgetter("base.has_networks")))
+    default_member = cast("str", property(attrgetter("base.default_member")))
     trains_on_targets = cast("bool", property(attrgetter("base.trains_on_targets")))
     embedding = cast("str", property(attrgetter("base.embedding")))
 

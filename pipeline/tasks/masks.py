@@ -65,12 +65,12 @@ def check_mask(mask_HW: NDArray[Any], width: int, height: int, *, num_classes: i
     """Why this is no mask of an upright image of this size; None: it is one."""
     if mask_HW.shape != (height, width):
         got = f"the mask has {mask_HW.shape[1]}×{mask_HW.shape[0]} pixels, the image {width}×{height}"
-        return f"{got} after its rotation by EXIF" if mask_HW.shape == (width, height) else got
+        return f"{got}, upright (after its rotation by EXIF, if any)" if mask_HW.shape == (width, height) else got
     wrong = (mask_HW >= num_classes) & (mask_HW != ignore)
     if not wrong.any():
         return None
-    values = np.unique(mask_HW[wrong])
-    return f"the mask has {', '.join(map(str, values[:5].tolist()))}; classes are 0 to {num_classes - 1}, or {ignore}"
+    values = ", ".join(map(str, np.unique(mask_HW[wrong])[:5].tolist()))
+    return f"the mask has the values {values}; classes are 0 to {num_classes - 1}, or {ignore} for none"
 
 
 def mask_of_view(

@@ -178,6 +178,10 @@ class Task(ABC):
     """Of a member with a target. A longer one is not read, and parsed as empty."""
     required_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of a config without which no network can be built for the task."""
+    has_networks: ClassVar[bool] = True
+    """Whether there are caches and students of the task; see ``network_keys``."""
+    default_member: ClassVar[str] = "cls"
+    """An extension of members with a target, for messages."""
     trains_on_targets: ClassVar[bool] = True
     """Whether networks of the task learn targets. Otherwise these are for evaluation alone, and data need have none."""
     embedding: ClassVar[str] = EMBEDDING

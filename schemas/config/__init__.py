@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from schemas.config.cache import CacheConfig
-from schemas.config.data import DataConfig
+from schemas.config.data import DENSE_TASKS, DataConfig
 from schemas.config.heads import HeadConfig
 from schemas.config.loss import (
     DistLoss,
@@ -67,12 +67,35 @@ class Config(Section):
             )
         return {**tree, "cache": chosen}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _show_whole_images(cls, tree: Any) -> Any:
+        """Evaluation of masks and boxes needs all of an image, and their views need much memory."""
+        data, views = (tree.get(name) if isinstance(tree, Mapping) else None for name in ("data", "views"))
+        if not isinstance(data, Mapping) or not isinstance(views, Mapping) or str(data.get("task")) not in DENSE_TASKS:
+            return tree
+        return {**tree, "views": {"eval_box": "letterbox", "mix_group": 16, **views}}
+
     @field_validator("loss")
     @classmethod
     def _check_loss(cls, loss: tuple[LossSection, ...]) -> tuple[LossSection, ...]:
         if loss and not any(term.weight for term in loss):
             raise ValueError("every weight is 0, so there is nothing to learn")
         return loss
+
+    @model_validator(mode="after")
+    def _check_dense_views(self) -> Config:
+        """Of masks and boxes there are those of scaled views and of whole images, in their colours."""
+        views = self.views
+        if not self.data.is_dense or "views" not in self.model_fields_set:
+            return self
+        if views.kind not in ("scale_crop", "eval"):
+            raise ValueError(f"views.kind is {views.kind} with task {self.data.task}; expected scale_crop, or eval")
+        if views.eval_box != "letterbox":
+            raise ValueError(f"views.eval_box is {views.eval_box} with task {self.data.task}; expected letterbox")
+        if named := [name for name in ("randaugment", "erasing") if getattr(views, name) is not None]:
+            raise ValueError(f"views.{named[0]} is set with task {self.data.task}; expected jitter alone")
+        return self
 
     @model_validator(mode="after")
     def _check_box_size(self) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,26 +13,42 @@ from schemas.config.section import local_path
 
 # A text member, or a field of a JSON member.
 _DOMAIN_MEMBER = r"(?!\S*(?i:json)$)[^\s:/]+|(\S+\.)?(?i:json):[^\s:]+"
+DENSE_TASKS = {
+    "segmentation": {"image": "jpg;jpeg;webp", "label": "mask.png;png"},
+    "detection": {"label": "json"},
+}
+"""Defaults of tasks whose targets are masks or boxes."""
 _JSON_LABEL = r"(\S+\.)?(?i:json)(:[^\s:]+)?"
 
 
 class DataConfig(LabelSection):
     """Images, labels, and the treatment of bad samples."""
 
-    task: Literal["classification", "heads", "embedding"] = Field(
+    task: Literal["classification", "heads", "embedding", "segmentation", "detection"] = Field(
         "classification",
         description="classification: a class index per sample; heads: the targets of data.heads; embedding: teachers "
-        "and students without a classifier, labels for evaluation alone.",
+        "and students without a classifier, labels for evaluation alone; segmentation, detection: masks or boxes, "
+        "which this version packs, indexes and checks, without networks for them.",
     )
     shards: str | tuple[str, ...] | None = Field(
         None, description="Training shards: URL with {a..b} braces, or a list."
     )
     val_shards: str | tuple[str, ...] | None = Field(None, description="Validation shards, same form.")
-    image: str = Field("jpg;jpeg;png;webp", description="Member extensions that hold the image, first match wins.")
+    num_classes: int | None = Field(
+        None, ge=1, description="K. Classes must lie in [0, K). Default: the number of classes. 1: only task detection."
+    )
+    image: str = Field(
+        "jpg;jpeg;png;webp",
+        description="Member extensions that hold the image, first match wins; task segmentation: jpg;jpeg;webp.",
+    )
     label: str | None = Field(
         "cls",
         description="Extension of the member that holds the class, as text or JSON; json:FIELD or json:a.b for a "
-        "field of its JSON object; null: no labels.",
+        "field of its JSON object; null: no labels. Task segmentation: mask.png;png, extensions of the mask, first "
+        "match wins; detection: json, with boxes and classes.",
+    )
+    ignore_index: int = Field(
+        255, ge=0, le=65_535, description="task segmentation: the value of mask pixels that count nowhere."
     )
     heads: dict[str, HeadConfig] = Field(
         default_factory=dict[str, HeadConfig], description="task heads: the targets by name, each with a head."
@@ -50,7 +66,7 @@ class DataConfig(LabelSection):
     )
     index: str | None = Field(None, description="URL of the folder with <shard_id>.parquet; default <run url>/index.")
     bad_samples: Literal["fail", "skip"] = Field(
-        "fail", description="Action for images that cannot be used: stop, or record and skip."
+        "fail", description="Action for images, masks and boxes that cannot be used: stop, or record and skip."
     )
     max_bad_share: float = Field(
         0.1, ge=0, le=1, description="Under skip: a shard with a larger share of bad samples fails."
@@ -69,6 +85,13 @@ class DataConfig(LabelSection):
     local_bytes: int | None = Field(
         None, gt=0, description="Maximum bytes in local_dir on a node; default: four fifths of the free disk space."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_members_of_task(cls, values: Any) -> Any:
+        """A PNG next to a JPEG is a mask with task segmentation."""
+        task = str(values.get("task")) if isinstance(values, dict) else ""
+        return {**DENSE_TASKS[task], **values} if task in DENSE_TASKS else values
 
     @field_validator("local_dir")
     @classmethod
@@ -119,6 +142,23 @@ class DataConfig(LabelSection):
         if ":" in (self.label or "") and not re.fullmatch(_JSON_LABEL, self.label or ""):
             raise ValueError(f"label is {self.label!r}, and only a JSON member has fields; expected such as json:FIELD")
         return self
+
+    @model_validator(mode="after")
+    def _check_dense(self) -> DataConfig:
+        if self.num_classes == 1 and self.task != "detection":
+            raise ValueError("num_classes is 1; expected at least 2")
+        if self.task != "segmentation" and self.ignore_index != DataConfig.model_fields["ignore_index"].default:
+            raise ValueError(f"ignore_index is given, but task is {self.task}; expected task: segmentation")
+        if self.is_dense and self.num_classes is None and not isinstance(self.classes, str):
+            raise ValueError(f"num_classes is not given; task {self.task} needs it, or classes")
+        if self.is_dense and (given := [key for key in self._label_keys() if key.startswith("label_")]):
+            raise ValueError(f"{given[0]} is given; masks and boxes have class indexes from 0")
+        return self
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether targets are masks or boxes."""
+        return self.task in DENSE_TASKS
 
     def _label_keys(self) -> list[str]:
         fields = LabelSection.model_fields

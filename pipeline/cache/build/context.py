@@ -17,7 +17,7 @@ from pipeline.core.redaction import redact
 from pipeline.models import selected_widths
 from pipeline.models.load import require_weights
 from pipeline.models.weights import weights_read_errors
-from pipeline.tasks import task_of
+from pipeline.tasks import network_keys, task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.numerics import check_gpu, pick_device, pin_numerics, visible_gpus
 from schemas.cache_format import Header
@@ -53,10 +53,10 @@ def cache_config(config: Config) -> CacheConfig:
     it has the encoding of a new cache, see ``with_encodings``.
 
     Raises:
-        ConfigError: a key that a build needs is missing, or two keys contradict each other.
+        ConfigError: a key that a build needs is missing, two keys contradict each other, or the task has no networks.
     """
-    task = task_of(config.data)
-    require(config, "data.shards", *task.required_keys, "teacher.model", "cache.url", command="cache build")
+    keys, task = network_keys(config.data), task_of(config.data)
+    require(config, "data.shards", *keys, "teacher.model", "cache.url", command="cache build")
     assert config.cache is not None
     cache = resolve(config, config.cache)
     require_weights(config.teacher, where="teacher")

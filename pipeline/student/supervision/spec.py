@@ -19,7 +19,7 @@ from pipeline.student.data.ensemble import check_same_plans
 from pipeline.student.data.sources import views_in_use
 from pipeline.student.run import checkpoint
 from pipeline.student.supervision.pixel_inputs import cache_inputs, check_same_input
-from pipeline.tasks import DOMAIN, task_of
+from pipeline.tasks import DOMAIN, network_keys, task_of
 from schemas.cache_format import Moments
 from schemas.config import Config, DataConfig, Size, StudentConfig, ViewsConfig, height_width, size_json, size_text
 
@@ -81,7 +81,7 @@ def resolve_spec(config: Config) -> SupervisionSpec:
         ConfigError: the config names one teacher or no size where there are several.
     """
     if config.teacher.mode != "cache":
-        require(config, *task_of(config.data).required_keys, command=f"teacher.mode={config.teacher.mode}")
+        require(config, *network_keys(config.data), command=f"teacher.mode={config.teacher.mode}")
         _check_one_size(teacher_sizes(config), config.student)
         means_caches, moments_caches = _online_caches(config)
         return SupervisionSpec(

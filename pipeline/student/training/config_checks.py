@@ -34,7 +34,7 @@ from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec, stu
 from pipeline.student.supervision.tokens import check_token_keys, token_requests
 from pipeline.student.supervision.two_classes import check_two_classes
 from pipeline.student.training.teacher_checks import check_standardized, check_teacher_keys
-from pipeline.tasks import task_of
+from pipeline.tasks import network_keys, task_of
 from schemas.config import Config, DataConfig, Size, ViewsConfig
 
 _LOOK_UPS = 16
@@ -51,6 +51,7 @@ def check_config(config: Config) -> str:
     Raises:
         ConfigError: a key is missing, or two sections contradict each other.
     """
+    keys = network_keys(config.data)
     require(config, "student.model", "run.url", "loss", command="train")
     mode = config.teacher.mode
     _check_review(config)
@@ -66,7 +67,7 @@ def check_config(config: Config) -> str:
         _check_caches(config.data.caches)
     else:
         _refuse_num_views(config)
-        require(config, "data.shards", *task_of(config.data).required_keys, command="train")
+        require(config, "data.shards", *keys, command="train")
         check_teacher_mode(config, CompositeLoss(config.loss, task_of(config.data), where="loss"))
         _check_others(config)
     check_teacher_keys(config)
@@ -283,7 +284,7 @@ def training_of(config: Config) -> Config:
     """
     require(
         config,
-        *("cache.url", "data.shards", *task_of(config.data).required_keys),
+        *("cache.url", "data.shards", *network_keys(config.data)),
         *("teacher.model", "student.model", "run.url", "loss"),
         command="distill",
     )

@@ -67,8 +67,28 @@ def _label(path: Path, data: DataConfig) -> int | None:
     return None if label == -1 else label
 
 
-def test_the_table_has_rows() -> None:
-    assert len(ROWS) == PAGE.read_text().count("\n| `")
+_DENSE_ROW = re.compile(r"\| (?P<members>`.+`) \| `(?P<data>\{.*\})` \| `0001\.(?P<target>[a-z.]+)` \|")
+DENSE_ROWS = [match.groupdict() for match in map(_DENSE_ROW.fullmatch, PAGE.read_text().splitlines()) if match]
+
+
+def test_the_tables_have_rows() -> None:
+    assert len(ROWS) + len(DENSE_ROWS) == PAGE.read_text().count("\n| `")
+    assert len(ROWS) > len(DENSE_ROWS) > 0
+
+
+@pytest.mark.parametrize("row", DENSE_ROWS, ids=lambda row: f"{row['members']} {row['data']}")
+def test_masks_and_boxes_are_read_by_the_lines_of_the_table(tmp_path: Path, row: Mapping[str, str]) -> None:
+    target = b'{"boxes": [[0, 0, 7, 5]], "labels": [3]}' if row["target"] == "json" else image_bytes(mode="L")
+    members = {f"0001.{row['target']}": target}
+    for name in {*re.findall(r"`([^`]+)`", row["members"])} - {*members}:
+        members[name] = image_bytes("JPEG" if name.endswith("jpg") else name.rpartition(".")[2])
+    path = tmp_path / "s.tar"
+    path.write_bytes(make_tar(sorted(members.items())))
+    keys = yaml.safe_load(row["data"])
+    data = DataConfig.model_validate({**keys, "num_classes": 256} if keys["task"] == "segmentation" else keys)
+    index = index_shard(path, data, where=str(path))
+    offset, size = int(index.targets["target_offset"][0]), int(index.targets["target_size"][0])
+    assert (index.num_ok, path.read_bytes()[offset : offset + size]) == (1, target)
 
 
 @pytest.mark.parametrize("write", [_by_tarfile, _by_tar, _by_webdataset])

@@ -13,7 +13,8 @@ from jobs.cli import app
 from pipeline import storage
 from pipeline.core.errors import ShardError, StillroomError, StorageInputError
 from pipeline.shards.pack import BadImages, write_packing
-from pipeline.shards.pack_plan import PackSettings, plan_packing, split_folders
+from pipeline.shards.pack_plan import PackSettings, plan_packing
+from pipeline.shards.split_folders import split_folders
 from tests.errors import raises
 from tests.pipeline.shards.tars import image_bytes, webdataset_samples
 

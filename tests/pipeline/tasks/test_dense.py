@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,42 +13,29 @@ import pytest
 import xxhash
 from PIL import Image
 
-from pipeline.shards.index import STATUSES, IndexBuilder, ShardIndex, decode_index, encode_index, index_shard
+from pipeline.core.errors import ShardError
+from pipeline.shards.index import (
+    STATUSES,
+    IndexBuilder,
+    ShardIndex,
+    check_samples,
+    data_keys,
+    decode_index,
+    encode_index,
+    index_settings,
+    index_shard,
+)
+from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import Members, pack_shards
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.data.shard_files import ShardFiles
-from pipeline.tasks import TASKS
-from pipeline.tasks.dense import BoxTask, DenseTask, MaskTask
-from pipeline.tasks.task import Task
 from pipeline.teacher.rendering import Rendering, indexed_samples, read_groups
 from schemas.cache_format import ViewBlock
 from schemas.config import DataConfig, ViewsConfig
 from tests.errors import raises
 
 SIZE = (20, 14)  # width, height
-NO_OUTPUTS: dict[str, Any] = dict.fromkeys(Task.__abstractmethods__, lambda *_, **__: ())
-
-
-def concrete(kind: type[DenseTask], settings: Callable[[Any], dict[str, Any]]) -> type[DenseTask]:
-    """The task without networks, whose outputs, statistics and reports are none."""
-    missing = {name: NO_OUTPUTS[name] for name in kind.__abstractmethods__}
-    of = classmethod(lambda cls, data: cls(**settings(data)))
-    return type(kind.__name__, (kind,), {**missing, "of": of, "name": kind.__name__, "__slots__": ()})
-
-
-def common(data: Any) -> dict[str, Any]:
-    return {"label": data["label"], "num_labels": data["num_classes"], "max_pixels": data.get("max_pixels", 10**6)}
-
-
-MASKS = concrete(MaskTask, lambda data: {**common(data), "ignore": data["ignore_index"]})
-BOXES = concrete(BoxTask, lambda data: {**common(data), "min_visible": 0.1})
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for task in (MASKS, BOXES):
-        monkeypatch.setitem(TASKS, task.name, task)
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **keys: Any) -> bytes:
@@ -98,21 +84,18 @@ BOX_SAMPLES: dict[str, tuple[Members, str]] = {
     "class": ({"jpg": photograph(), "json": boxes([1, 2, 3, 4], label=3)}, "bad_target"),
     "no JSON": ({"jpg": photograph(), "json": b"{"}, "bad_target"),
 }
-CASES = {
-    "masks": (MASK_SAMPLES, {"task": MASKS.name, "label": "png;mask.png", "image": "jpg", "ignore_index": 255}),
-    "boxes": (BOX_SAMPLES, {"task": BOXES.name, "label": "json", "image": "jpg"}),
-}
+CASES = {"segmentation": MASK_SAMPLES, "detection": BOX_SAMPLES}
 
 
 @pytest.fixture(params=CASES)
 def shard(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, DataConfig, dict[str, Any]]:
-    samples, keys = CASES[request.param]
+    samples = CASES[request.param]
     (path,) = pack_shards(
         ((name.replace(" ", "-"), members) for name, (members, _) in samples.items()),
         str(tmp_path / "scenes-%d.tar"),
         shard_size=100,
     )
-    data = DataConfig.model_validate({}).model_copy(update={"num_classes": 3, "bad_samples": "skip", **keys})
+    data = DataConfig.model_validate({"task": request.param, "num_classes": 3, "bad_samples": "skip"})
     return Path(path), data, samples
 
 
@@ -138,7 +121,8 @@ def test_an_index_has_places_and_hashes_of_targets_and_the_status_of_bad_ones(
     path, data, samples = shard
     index = index_shard(path, data, where=str(path))
     check(index, path, samples)
-    settings = {"image": ["jpg"], "max_pixels": data.max_pixels, **index.task.settings, "task": data.task}
+    settings = index_settings(data)
+    assert DataConfig.model_validate({**data_keys(settings), "bad_samples": "skip"}) == data
     stored = decode_index(encode_index(index, settings), where="index", settings=settings)
     for name, values in index.targets.items():
         assert stored.targets[name].tolist() == values.tolist()
@@ -189,3 +173,52 @@ def test_a_target_is_compared_with_its_hash_at_every_read(
     with raises("shard.target-changed", where="good"):
         files.target(0, place, sample_id="good")
     files.close()
+
+
+def test_reasons_of_a_stored_index_are_read_again_from_the_shard(
+    shard: tuple[Path, DataConfig, dict[str, Any]],
+) -> None:
+    path, data, samples = shard
+    index = index_shard(path, data, where=str(path))
+    stored = decode_index(encode_index(index, index_settings(data)), where="index")
+    assert not stored.reasons
+    strict = data.model_copy(update={"bad_samples": "fail"})
+    messages: list[str] = []
+    for each in (index, stored):
+        with raises("shard.bad-samples", ShardError) as caught:
+            check_samples(each, strict, where=str(path))
+        messages.append(str(caught.value.got))
+    num_bad = [status for _, status in samples.values()].count("bad_target")
+    assert messages[0] == messages[1]
+    assert f"{num_bad} bad_target" in messages[0]
+    assert messages[0].count("bad_target: ") == min(num_bad, 5)
+
+
+def test_a_member_that_is_the_image_is_no_target(tmp_path: Path) -> None:
+    """PNG images with masks, one of which is missing."""
+    pixels = np.random.default_rng(1).integers(0, 256, (14, 20, 3), np.uint8)
+    samples = [("a", {"png": encoded(pixels), "mask.png": mask()}), ("b", {"png": encoded(pixels)})]
+    (url,) = pack_shards(iter(samples), str(tmp_path / "scenes-%d.tar"), shard_size=9)
+    data = DataConfig.model_validate({"task": "segmentation", "image": "png", "num_classes": 3})
+    index = index_shard(Path(url), data, where=url)
+    assert [STATUSES[status] for status in index.status] == ["ok", "ok"]
+    assert index.targets["target_size"].tolist() == [len(mask()), -1]
+    head = read_shard_head(url, data, size_bytes=Path(url).stat().st_size)
+    assert index.task.has_target(head.targets).tolist() == [True, False]
+    # A PNG without a JPEG is no image by default: it may be the mask of an image that is missing.
+    by_default = DataConfig.model_validate({"task": "segmentation", "num_classes": 3})
+    statuses = index_shard(Path(url), by_default, where=url).status
+    assert [STATUSES[status] for status in statuses] == ["no_image", "no_image"]
+
+
+def test_masks_and_boxes_may_have_a_domain(shard: tuple[Path, DataConfig, dict[str, Any]]) -> None:
+    path, data, samples = shard
+    with_domain = data.model_copy(update={"domain": {"scenes-*": "street"}})
+    index = index_shard(path, with_domain, where=str(path))
+    check(index, path, samples)
+    assert {*index.targets["domain"]} == {"street"}
+    (row,) = (row for row, name in enumerate(samples) if name == "class")
+    stored = decode_index(encode_index(index, index_settings(with_domain)), where="index")
+    with raises("shard.bad-samples", ShardError) as caught:
+        check_samples(stored, with_domain.model_copy(update={"bad_samples": "fail"}), where=str(path))
+    assert f"class (bad_target: {index.reasons[row]})" in str(caught.value.got)
