@@ -88,6 +88,10 @@ def shards_pack(
         str | None,
         typer.Option(help="Folder or URL of masks: the class indexes of the pixels of a/b.jpg are in its a/b.png."),
     ] = None,
+    image_suffix: Annotated[
+        str, typer.Option(help="With --masks: how names of images end, such as _leftImg8bit in b_leftImg8bit.png.")
+    ] = "",
+    mask_suffix: Annotated[str, typer.Option(help="With --masks: how names of masks end in place of that.")] = "",
     coco: Annotated[
         str | None, typer.Option(help="JSON file of COCO with the boxes of the images, which it names below SRC.")
     ] = None,
@@ -98,7 +102,7 @@ def shards_pack(
     from pipeline.shards.pack_plan import PackSettings
     from pipeline.shards.pack_targets import TargetSource
 
-    targets = TargetSource.of(masks=masks, coco=coco)
+    targets = TargetSource.of(masks=masks, coco=coco, image_suffix=image_suffix, mask_suffix=mask_suffix)
     labels = labels or ("folder" if targets is None else "none")
     settings = PackSettings(name, shard_size, shard_bytes, seed, val_share, labels)
     omissions = Omissions()

@@ -279,7 +279,7 @@ def pack_command(
     if classes_url is not None:
         options["--classes"] = redact(classes_url)
     if targets is not None:
-        options[f"--{targets.kind}"] = redact(targets.url)
+        options |= targets.options
     command = ["stillroom", "shards", "pack", redact(source_url), redact(out_url)]
     return shlex.join([*command, *(argument for option in options.items() for argument in option)])
 

@@ -27,22 +27,45 @@ MAX_PIXELS = DataConfig.model_validate({}).max_pixels
 
 @dataclass(frozen=True, slots=True)
 class TargetSource:
-    """Where masks or boxes are: the folder of masks, or the JSON of COCO."""
+    """Where masks or boxes are: the folder of masks, or the JSON of COCO.
+
+    Attributes:
+        image_suffix, mask_suffix: how the names of an image and its mask end before the extension, where they differ.
+    """
 
     kind: TargetKind
     url: str
+    image_suffix: str = ""
+    mask_suffix: str = ""
 
     @classmethod
-    def of(cls, *, masks: str | None, coco: str | None) -> TargetSource | None:
+    def of(
+        cls, *, masks: str | None, coco: str | None, image_suffix: str = "", mask_suffix: str = ""
+    ) -> TargetSource | None:
         """
         Raises:
-            ShardError: both are given.
+            ShardError: both are given, or suffixes without masks.
         """
         if masks is not None and coco is not None:
             raise _conflict("--masks, --coco", expected="one of them")
         if masks is not None:
-            return cls("masks", masks)
+            return cls("masks", masks, image_suffix, mask_suffix.removesuffix(".png"))
+        if image_suffix or mask_suffix:
+            raise _conflict("--image-suffix or --mask-suffix", expected="these with --masks")
         return None if coco is None else cls("coco", coco)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Of the command, by name."""
+        suffixes = {"--image-suffix": self.image_suffix, "--mask-suffix": self.mask_suffix}
+        return {f"--{self.kind}": redact(self.url), **{name: suffix for name, suffix in suffixes.items() if suffix}}
+
+    def is_mask(self, path: str) -> bool:
+        return _is_png(path) and _stem(path).endswith(self.mask_suffix)
+
+    def mask_stem(self, path: str) -> str:
+        """The path of the mask of an image, without its extension."""
+        return _stem(path).removesuffix(self.image_suffix) + self.mask_suffix
 
     @property
     def noun(self) -> str:
@@ -126,7 +149,7 @@ def find_targets(
         StorageInputError: the file cannot be read, or a link leads out of the folder.
     """
     if source.kind == "masks":
-        found = _find_masks(source.url, tree_url, paths, storage.sizes(source.url, links_out=links_out))
+        found = _find_masks(source, tree_url, paths, storage.sizes(source.url, links_out=links_out))
     else:
         found = _find_boxes(source.url, {*paths}, classes)
     if not found.by_path:
@@ -135,10 +158,11 @@ def find_targets(
             code="pack.no-targets",
             where=redact(source.url),
             got=", ".join(found.unused.lines()) or "none",
-            expected=f"such as {_stem(paths[0])}.png for the image {paths[0]} of {redact(tree_url)}"
+            expected=f"such as {source.mask_stem(paths[0])}.png for the image {paths[0]} of {redact(tree_url)}"
             if source.kind == "masks"
             else f"file_name below {redact(tree_url)}, such as {paths[0]}",
-            next_step="name the folder whose paths are those of the images"
+            next_step="name the folder whose paths are those of the images, with --image-suffix and --mask-suffix "
+            "where names end differently"
             if source.kind == "masks"
             else "name the folder of images to which the names in this file are relative",
         )
@@ -147,14 +171,14 @@ def find_targets(
 
 def without_masks(source: TargetSource | None, tree_url: str, paths: Iterable[str]) -> list[str]:
     """Of files below a tree those that are no masks, which may lie in the same tree: in a folder, where all files are
-    masks, or among the images, where the PNGs are."""
+    masks, or among the images, where the PNGs with their suffix are."""
     if source is None or source.kind != "masks":
         return [*paths]
     tree, masks = _folder(tree_url), _folder(source.url)
     if not masks.startswith(tree):
         return [*paths]
     folder = masks.removeprefix(tree)
-    return [path for path in paths if not (path.startswith(folder) if folder else _is_png(path))]
+    return [path for path in paths if not (path.startswith(folder) if folder else source.is_mask(path))]
 
 
 def _folder(url: str) -> str:
@@ -169,21 +193,22 @@ def _stem(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _find_masks(url: str, tree_url: str, paths: Sequence[str], sizes: Mapping[str, int]) -> FoundTargets:
-    """The mask of ``a/b.jpg`` is ``a/b.png``."""
+def _find_masks(source: TargetSource, tree_url: str, paths: Sequence[str], sizes: Mapping[str, int]) -> FoundTargets:
+    """The mask of ``a/b.jpg`` is ``a/b.png``, without suffixes."""
     unused = Omissions()
     masks = {_stem(path): path for path in sizes if _is_png(path)}
     by_path = {
-        path: SourceTarget(_MASK, sizes[masks[_stem(path)]], storage.join(url, masks[_stem(path)]))
+        path: SourceTarget(_MASK, sizes[mask], storage.join(source.url, mask))
         for path in paths
-        if _stem(path) in masks
+        if (mask := masks.get(source.mask_stem(path))) is not None
     }
-    used = {masks[_stem(path)] for path in by_path}
-    if _folder(url) == _folder(tree_url):
+    used = {masks[source.mask_stem(path)] for path in by_path}
+    if _folder(source.url) == _folder(tree_url):
         used |= {*paths}
     for path in sizes:
         if path not in used and not any(part.startswith(".") for part in path.split("/")):
-            unused.add("masks without an image" if _is_png(path) else "files that are no PNG", path)
+            other = f"PNGs without {source.mask_suffix}" if _is_png(path) else "files that are no PNG"
+            unused.add("masks without an image" if source.is_mask(path) else other, path)
     return FoundTargets(by_path, unused=unused)
 
 

@@ -135,6 +135,31 @@ def test_masks_may_lie_in_the_tree_of_the_images(images: str, masks: dict[str, b
     assert not packing.skipped.counts
 
 
+def test_images_and_masks_may_end_differently(masks: dict[str, bytes], tmp_path: Path) -> None:
+    """The layout of Cityscapes, and one folder of images and masks, both PNG."""
+    mask, image = masks["a/x.1.png"], image_bytes(size=(WIDTH, HEIGHT))
+    images = write(tmp_path / "leftImg8bit", {f"ulm/u_{at}_leftImg8bit.png": image for at in range(3)})
+    names = ["0_gtFine_labelTrainIds.png", "1_gtFine_labelTrainIds.png", "2_gtFine_color.png", "0_gtFine_polygons.json"]
+    folder = write(tmp_path / "gtFine", {f"ulm/u_{name}": mask for name in names})
+    targets = TargetSource.of(
+        masks=folder, coco=None, image_suffix="_leftImg8bit", mask_suffix="_gtFine_labelTrainIds.png"
+    )
+    assert targets is not None
+    packing, samples = packed(images, tmp_path / "out", targets)
+    assert [samples[f"ulm/u_{at}_leftImg8bit"].get("mask.png") for at in range(3)] == [mask, mask, None]
+    assert packing.skipped.counts == {"PNGs without _gtFine_labelTrainIds": 1, "files that are no PNG": 1}
+    (Path(images) / "ulm/more_leftImg8bit.png").write_bytes(image)
+    with raises("pack.other-packing") as caught:
+        packed(images, tmp_path / "out", targets)
+    command = shlex.split(str(caught.value.next_step).removeprefix("run: "))
+    command[4] = str(tmp_path / "again")
+    result = CliRunner().invoke(app, command[1:])
+    assert (result.exit_code, "2 of 4 images have no mask" in result.output) == (0, True)
+    together = write(tmp_path / "together", {"a.png": image, "b.png": image, "a_mask.png": mask, "b_mask.png": mask})
+    _, samples = packed(together, tmp_path / "one", TargetSource("masks", together, mask_suffix="_mask"))
+    assert members_of(samples) == {"a": {"png", "mask.png"}, "b": {"png", "mask.png"}}
+
+
 def test_boxes_have_class_indexes_in_the_order_of_category_ids(images: str, tmp_path: Path) -> None:
     targets = coco_file(tmp_path, images=[*coco()["images"], {"id": 5, "file_name": "gone.jpg"}])
     packing, samples = packed(images, tmp_path / "out", targets)
@@ -280,7 +305,14 @@ def test_the_printed_section_indexes_the_shards(
 
 @pytest.mark.parametrize(
     "options",
-    ["--masks M --coco C", "--masks M --labels folder", "--masks M --classes C", "--labels none --classes C"],
+    [
+        "--masks M --coco C",
+        "--coco C --mask-suffix _m",
+        "--image-suffix _i",
+        "--masks M --labels folder",
+        "--masks M --classes C",
+        "--labels none --classes C",
+    ],
 )
 def test_options_that_exclude_each_other_are_refused(images: str, tmp_path: Path, options: str) -> None:
     (tmp_path / "classes.json").write_text('{"a": 0, "b": 1}')
