@@ -58,9 +58,13 @@ def parse_boxes(text: bytes) -> Boxes:
         raise BadBoxesError("a label is no integer")
     if not all(isinstance(value, int) and value in (0, 1) for value in crowd):
         raise BadBoxesError("crowd is neither 0 nor 1")
-    sides_N4 = np.array(boxes, np.float64).reshape(-1, 4)
-    edges_N4 = np.concatenate([sides_N4[:, :2], sides_N4[:, :2] + sides_N4[:, 2:]], axis=1)
-    return Boxes(edges_N4, np.array(labels, np.int64), np.array(crowd, np.bool_))
+    try:
+        sides_N4, label_N = np.array(boxes, np.float64).reshape(-1, 4), np.array(labels, np.int64)
+    except OverflowError as error:
+        raise BadBoxesError("a number has too many digits") from error
+    with np.errstate(over="ignore", invalid="ignore"):
+        edges_N4 = np.concatenate([sides_N4[:, :2], sides_N4[:, :2] + sides_N4[:, 2:]], axis=1)
+    return Boxes(edges_N4, label_N, np.array(crowd, np.bool_))
 
 
 def _is_number(value: object) -> bool:

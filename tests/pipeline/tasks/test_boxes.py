@@ -70,6 +70,8 @@ BAD_TEXTS = {
     "text": b'{"boxes": [[0, 0, 1, "1"]], "labels": [0]}',
     "label": b'{"boxes": [[0, 0, 1, 1]], "labels": [0.5]}',
     "crowd": b'{"boxes": [[0, 0, 1, 1]], "labels": [0], "crowd": [2]}',
+    "large label": b'{"boxes": [[0, 0, 1, 1]], "labels": [%d]}' % 10**30,
+    "large number": b'{"boxes": [[0, 0, 1, %d]], "labels": [0]}' % 10**400,
 }
 
 
@@ -88,6 +90,8 @@ def test_other_json_is_refused(text: bytes) -> None:
         ([-3, 0, 12, 5], "outside"),
         ([0, float("nan"), 12, 5], "not finite"),
         ([0, 0, float("inf"), 5], "not finite"),
+        ([1e308, 0, 1e308, 5], "not finite"),
+        ([float("-inf"), 0, float("inf"), 5], "not finite"),
     ],
 )
 def test_a_bad_box_has_a_reason(box: list[float], reason: str) -> None:
