@@ -7,15 +7,17 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CIFAR = SHARED / "cifar10"
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,10 @@ class Stopwatch:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+    variants: Mapping[Name, Callable[[], object]], *, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[Name, list[float]]:
     """Seconds of each call; one warm-up round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[Name, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, call in variants.items():
             began = clock()
