@@ -191,13 +191,11 @@ def average_main(
         )
     announce(ray.address)
     shares = [] if weights is None else _weights(weights)
+    manifest = average_caches(sources, destination_url, ray, weights=shares, temperature=temperature, logits=logits)
     for name, count in left_out([open_source(url) for url in sources]).items():
         text = f"average: left out {name} of {counted(count, 'cache')}"
         emit(text, event="omitted", level=logging.WARNING, kind=name, count=count)
-    report(
-        destination_url,
-        average_caches(sources, destination_url, ray, weights=shares, temperature=temperature, logits=logits),
-    )
+    report(destination_url, manifest)
 
 
 def _weights(text: str) -> list[float]:
