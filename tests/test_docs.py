@@ -18,9 +18,10 @@ import yaml
 from numpy.typing import NDArray
 
 from jobs.cli import app
-from pipeline.cache.format.codec import RowIdentity, decode, encode, is_fixed
+from pipeline.cache.format.codec import RowIdentity, decode, encode, is_fixed, stored_outputs
 from pipeline.cache.read.reader import open_cache
 from pipeline.shards.writer import pack_shards
+from pipeline.tasks import OutputSpec
 from schemas.config import Config
 from tests.docs import config_tables
 from tests.docs.error_codes import all_codes
@@ -229,6 +230,19 @@ def test_the_snippet_of_the_format_computes_logits_from_embeddings(tmp_path: Pat
     magnitude = np.abs(columns.decoded("embedding")).max() * opened.header.embedding_dim
     error = ulps(2 * opened.header.embedding_dim + 2, float(magnitude))
     np.testing.assert_allclose(read, columns.decoded("logits"), rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("logits", ["fp16", "int8", "topk:3"])
+def test_the_snippet_of_the_format_decodes_maps(logits: str) -> None:
+    (output,) = stored_outputs([OutputSpec("logits", (7, 3, 5), logits)])
+    values_NKhw = np.random.default_rng(0).normal(0, 3, (4, 7, 3, 5)).astype(np.float32)
+    stored = encode(values_NKhw, output)
+    row_dtype = np.dtype([(field.name, field.dtype, (field.count,)) for field in output.fields])
+    rows, unpack = np.frombuffer(b"".join(stored.to_pylist()), row_dtype), format_snippet()["unpack"]
+    for temperature in (1.0, 3.0):
+        unpacked = unpack(rows, output.model_dump(), temperature).reshape(values_NKhw.shape)
+        expected = decode(stored, output, temperature=temperature)
+        np.testing.assert_allclose(unpacked, expected, rtol=0, atol=decoding_error(unpacked))
 
 
 @pytest.mark.parametrize("logits", ["fp32", "fp16", "int8", "int8t", "int4", "topk:5", "sampled:5@1"])

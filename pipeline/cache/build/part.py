@@ -30,7 +30,7 @@ from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.build.shard_index import StoredIndex, find_index, publish_new_index
 from pipeline.cache.build.statistics import StatisticsSum
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import RowIdentity, column_of, encode, row_bytes, with_column
+from pipeline.cache.format.codec import RowIdentity, column_of, encode, has_maps, row_bytes, with_column
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.core.threads import prefetch
@@ -110,7 +110,8 @@ class PartBuild:
         local = storage.local_copy(self.task.shard_url, self.scratch / "shard")
         stored = find_index(self.context.cache.url, self.task.shard_url, self.data)
         views = self.rendering.view_numbers
-        with PartWriter(self.scratch, views, self.schema, row_size_bytes=sum(self.row_sizes.values())) as writer:
+        row_size_bytes, maps = sum(self.row_sizes.values()), has_maps(self.context.header.outputs)
+        with PartWriter(self.scratch, views, self.schema, row_size_bytes=row_size_bytes, has_maps=maps) as writer:
             if stored is None:
                 stored = self._fill_and_index(writer, local)
             else:

@@ -19,18 +19,28 @@ from pipeline.core.errors import StorageError
 from schemas.cache_format import PIXELS, ByteRange, ViewRange
 
 _ROW_GROUP_BYTES = 32 << 20
+_MIN_GROUP_ROWS = 256
 _PAGE_BYTES = 1 << 20
 _PIXEL_PAGE_BYTES = _PAGE_BYTES // 2
 _ZSTD_LEVEL = 3
 
 
 class PartWriter:
-    """Writes rows to one checked local Parquet file. A context manager: its exit removes the spilled rows."""
+    """Writes rows to one checked local Parquet file. A context manager: its exit removes the spilled rows.
 
-    def __init__(self, scratch: Path, views: Sequence[int], schema: pa.Schema, *, row_size_bytes: int) -> None:
+    Args:
+        row_size_bytes: of the outputs of a row.
+        has_maps: whether row groups and pages stay within their bytes however large a row is. Without maps a row group
+            has 256 rows or more.
+    """
+
+    def __init__(
+        self, scratch: Path, views: Sequence[int], schema: pa.Schema, *, row_size_bytes: int, has_maps: bool = False
+    ) -> None:
         self._scratch = scratch
         self._schema = schema
-        self._rows_per_group = max(256, _ROW_GROUP_BYTES // max(1, row_size_bytes))
+        self._rows_per_group = max(1 if has_maps else _MIN_GROUP_ROWS, _ROW_GROUP_BYTES // max(1, row_size_bytes))
+        self._rows_per_page = max(1, _PAGE_BYTES // max(1, row_size_bytes)) if has_maps else None
         self._spills = {view: _Spill(scratch / f"view-{view:05d}.arrows", schema) for view in views}
 
     def __enter__(self) -> PartWriter:
@@ -52,7 +62,7 @@ class PartWriter:
         """
         path = self._scratch / "part.parquet"
         max_pixel_bytes = max(spill.max_pixel_bytes for spill in self._spills.values())
-        settings = parquet_settings(self._schema, max_pixel_bytes=max_pixel_bytes)
+        settings = parquet_settings(self._schema, max_pixel_bytes=max_pixel_bytes, rows_per_page=self._rows_per_page)
         with pq.ParquetWriter(path, self._schema, **settings) as writer:
             for spill in self._spills.values():
                 rows_per_group = spill.rows_in(_ROW_GROUP_BYTES) if max_pixel_bytes else self._rows_per_group
@@ -76,7 +86,9 @@ class PartWriter:
             )
 
 
-def parquet_settings(schema: pa.Schema, *, max_pixel_bytes: int = 0) -> dict[str, Any]:
+def parquet_settings(
+    schema: pa.Schema, *, max_pixel_bytes: int = 0, rows_per_page: int | None = None
+) -> dict[str, Any]:
     """The Parquet settings with the smallest files among those that take microseconds a row.
 
     Numbers that do not repeat gain nothing from dictionaries. The high bytes of small integers and floats are similar
@@ -84,6 +96,7 @@ def parquet_settings(schema: pa.Schema, *, max_pixel_bytes: int = 0) -> dict[str
 
     Args:
         max_pixel_bytes: of the largest stored view; 0: there are none.
+        rows_per_page: None: as many as the writer needs to find that a page is full, 1,024.
     """
     packed = (pa.types.is_fixed_size_binary, pa.types.is_large_binary)
     numbers = [field for field in schema if not any(is_packed(field.type) for is_packed in packed)]
@@ -95,6 +108,7 @@ def parquet_settings(schema: pa.Schema, *, max_pixel_bytes: int = 0) -> dict[str
         "column_encoding": {**split, "row": "DELTA_BINARY_PACKED"},
         "write_statistics": [field.name for field in numbers],
         "data_page_size": _PAGE_BYTES,
+        **({} if rows_per_page is None else {"write_batch_size": rows_per_page}),
     }
     if not max_pixel_bytes:
         return settings

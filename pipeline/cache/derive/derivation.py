@@ -36,7 +36,7 @@ from pipeline.cache.build.header_files import header_files
 from pipeline.cache.build.manifest import publish_manifest, read_table
 from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import row_bytes
+from pipeline.cache.format.codec import has_maps, row_bytes
 from pipeline.cache.format.files import changed_file, check_sha256, read_file
 from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.core.bounded_parquet import read_bounded
@@ -272,7 +272,8 @@ def publish_part(
     """
     views = {view.view: view.rows for view in commit.views}
     size_bytes = sum(row_bytes(output) for output in derivation.header.outputs)
-    with PartWriter(scratch, [*views], schema, row_size_bytes=size_bytes) as writer:
+    maps = has_maps(derivation.header.outputs)
+    with PartWriter(scratch, [*views], schema, row_size_bytes=size_bytes, has_maps=maps) as writer:
         for view, batch in batches:
             writer.add(view, batch)
         part = writer.close()

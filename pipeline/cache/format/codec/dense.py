@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,10 +14,11 @@ from schemas.cache_format import Output, RowField
 _DTYPES = {"fp32": ("float32", "<f4"), "fp16": ("float16", "<f2")}
 
 
-def _describe(name: str, width: int, kind: str) -> Output:
+def _describe(name: str, shape: tuple[int, ...], kind: str) -> Output:
+    width = prod(shape)
     dtype, field_dtype = _DTYPES[kind]
     fields = (RowField(name="values", dtype=field_dtype, count=width),)
-    return Output(name=name, shape=(width,), dtype=dtype, encoding="dense", fields=fields)
+    return Output(name=name, shape=shape, dtype=dtype, encoding="dense", fields=fields)
 
 
 def _pack(values_ND: NDArray[np.float32], rows_N: Rows, *_: object) -> None:

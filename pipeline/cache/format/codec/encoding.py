@@ -37,7 +37,8 @@ class Encoding:
     Attributes:
         name: the encoding in the header of a cache.
         kinds: the values of ``cache.logits`` and ``cache.embeddings`` that select it, up to a colon.
-        describe: the output for (its name, D, the value of the config). Raises ConfigError where D is too small.
+        describe: the output for (its name, its shape of D numbers, the value of the config). Raises ConfigError where D
+            is too small.
         pack: fills the fields of zeroed rows from [N,D] fp32, the output, and which rows they are, where the encoding
             depends on it. A number that does not fit becomes infinite in a float field.
         unpack: [N,D] fp32 as a loss at the given temperature sees them.
@@ -46,7 +47,7 @@ class Encoding:
 
     name: str
     kinds: tuple[str, ...]
-    describe: Callable[[str, int, str], Output]
+    describe: Callable[[str, tuple[int, ...], str], Output]
     pack: Callable[[NDArray[np.float32], Rows, Output, RowIdentity | None], None]
     unpack: Callable[[Rows, Output, float], NDArray[np.float32]]
     depends_on_temperature: bool = False

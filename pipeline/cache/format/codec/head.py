@@ -90,8 +90,8 @@ def _stored_and_decoded(values_BD: Tensor, output: Output) -> Tensor:
     return offset_B1 + scale_B1 * steps_BD.round().clamp(max=255)
 
 
-def _describe(name: str, width: int, _kind: str) -> Output:
-    return Output(name=name, shape=(width,), dtype="float32", encoding=NAME, fields=())
+def _describe(name: str, shape: tuple[int, ...], _kind: str) -> Output:
+    return Output(name=name, shape=shape, dtype="float32", encoding=NAME, fields=())
 
 
 def _has_no_rows(*_: object) -> NoReturn:

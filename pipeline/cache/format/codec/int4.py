@@ -28,7 +28,8 @@ _MAX_CODE = 15
 _MIN_CLASSES = 128
 
 
-def _describe(name: str, width: int, kind: str) -> Output:
+def _describe(name: str, shape: tuple[int, ...], kind: str) -> Output:
+    width = prod(shape)
     check_num_classes(kind, width, minimum=_MIN_CLASSES, next_step="set cache.logits=int8")
     fields = (
         RowField(name="next", dtype="<f4", count=1),
@@ -37,7 +38,7 @@ def _describe(name: str, width: int, kind: str) -> Output:
         RowField(name="largest", dtype="<f2", count=_NUM_EXACT),
         RowField(name="codes", dtype="|u1", count=-(-width // 2)),
     )
-    return Output(name=name, shape=(width,), dtype="uint8", encoding="int4", fields=fields)
+    return Output(name=name, shape=shape, dtype="uint8", encoding="int4", fields=fields)
 
 
 def _pack(values_NK: NDArray[np.float32], rows_N: Rows, *_: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,13 +13,14 @@ from schemas.cache_format import Output, RowField
 _MAX_CODE = 255
 
 
-def _describe(name: str, width: int, _kind: str) -> Output:
+def _describe(name: str, shape: tuple[int, ...], _kind: str) -> Output:
+    width = prod(shape)
     fields = (
         RowField(name="offset", dtype="<f4", count=1),
         RowField(name="scale", dtype="<f4", count=1),
         RowField(name="codes", dtype="|u1", count=width),
     )
-    return Output(name=name, shape=(width,), dtype="uint8", encoding="int8", fields=fields)
+    return Output(name=name, shape=shape, dtype="uint8", encoding="int8", fields=fields)
 
 
 def _pack(values_ND: NDArray[np.float32], rows_N: Rows, *_: object) -> None:

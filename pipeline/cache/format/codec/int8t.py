@@ -6,6 +6,8 @@ many classes. Here the first class is the only one with the largest number.
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +19,8 @@ _MAX_CODE = 255
 _MIN_CLASSES = 256
 
 
-def _describe(name: str, width: int, kind: str) -> Output:
+def _describe(name: str, shape: tuple[int, ...], kind: str) -> Output:
+    width = prod(shape)
     check_num_classes(kind, width, minimum=_MIN_CLASSES, next_step="set cache.logits=int8")
     fields = (
         RowField(name="next", dtype="<f4", count=1),
@@ -26,7 +29,7 @@ def _describe(name: str, width: int, kind: str) -> Output:
         RowField(name="above", dtype="<f2", count=_NUM_EXACT),
         RowField(name="codes", dtype="|u1", count=width),
     )
-    return Output(name=name, shape=(width,), dtype="uint8", encoding="int8t", fields=fields)
+    return Output(name=name, shape=shape, dtype="uint8", encoding="int8t", fields=fields)
 
 
 def _pack(values_NK: NDArray[np.float32], rows_N: Rows, *_: object) -> None:

@@ -18,27 +18,52 @@ from pipeline.cache.format.codec.int8 import INT8
 from pipeline.cache.format.codec.int8t import INT8T
 from pipeline.cache.format.codec.sampled import SAMPLED
 from pipeline.cache.format.codec.topk import TOPK
+from pipeline.cache.format.codec.topk_map import TOPK_MAP
 from pipeline.cache.format.files import empty_cells
-from pipeline.core.errors import CacheError
+from pipeline.core.errors import CacheError, ConfigError
 from pipeline.tasks import EMBEDDING, OutputSpec
 from schemas.cache_format import Output
 
-_ENCODINGS = (DENSE, INT8, INT8T, INT4, TOPK, SAMPLED, HEAD)
+_ENCODINGS = (DENSE, INT8, INT8T, INT4, TOPK, SAMPLED, HEAD, TOPK_MAP)
 _BY_NAME = {encoding.name: encoding for encoding in _ENCODINGS}
 _BY_KIND = {kind: encoding for encoding in _ENCODINGS for kind in encoding.kinds}
+_MAPS = {"fp32": DENSE, "fp16": DENSE, "int8": INT8, "topk": TOPK_MAP}
+"""Encodings of maps [K,h,w] by the value of the config. The others store classes of one row."""
 _CONFIG_KEYS = {"embedding": "embeddings"}
 _NUM_NAMED = 5
+_MAP_AXES = 3
 
 
 def stored_outputs(specs: Iterable[OutputSpec]) -> tuple[Output, ...]:
     """The outputs that a cache stores for each row.
 
     Raises:
-        ConfigError: an encoding needs more classes.
+        ConfigError: an encoding needs more classes, or does not store maps.
     """
-    stored = [spec for spec in specs if spec.kind != "none"]
-    flat = [_BY_KIND[spec.kind.partition(":")[0]].describe(spec.name, prod(spec.shape), spec.kind) for spec in stored]
-    return tuple(output.model_copy(update={"shape": spec.shape}) for output, spec in zip(flat, stored, strict=True))
+    return tuple(_describe(spec) for spec in specs if spec.kind != "none")
+
+
+def _describe(spec: OutputSpec) -> Output:
+    kind, by_kind = spec.kind.partition(":")[0], _MAPS if _is_map(spec.shape) else _BY_KIND
+    if kind not in by_kind:
+        raise ConfigError(
+            f"{kind} stores the classes of one row, and {spec.name} are a map of rows",
+            code="config.encoding-of-maps",
+            where=f"cache.{config_key(spec.name)}",
+            got=spec.kind,
+            expected=f"{', '.join(_MAPS)}:k",
+            next_step="set cache.logits=int8",
+        )
+    return by_kind[kind].describe(spec.name, spec.shape, spec.kind)
+
+
+def _is_map(shape: tuple[int, ...]) -> bool:
+    return len(shape) == _MAP_AXES
+
+
+def has_maps(outputs: Iterable[Output]) -> bool:
+    """Whether an output is a map [K,h,w], a row of which may take a megabyte."""
+    return any(_is_map(output.shape) for output in outputs)
 
 
 def config_key(name: str) -> str:

@@ -119,7 +119,8 @@ def sampled_temperature(kind: str) -> float | None:
     return float(kind.partition("@")[2]) if kind.startswith(NAME) else None
 
 
-def _describe(name: str, width: int, kind: str) -> Output:
+def _describe(name: str, shape: tuple[int, ...], kind: str) -> Output:
+    width = prod(shape)
     n, temperature = int(kind.removeprefix(f"{NAME}:").partition("@")[0]), sampled_temperature(kind)
     assert temperature is not None
     check_num_classes(kind, width, minimum=n + 1, next_step="choose a smaller n, or cache.logits=int8")
@@ -129,7 +130,7 @@ def _describe(name: str, width: int, kind: str) -> Output:
         RowField(name="odds", dtype="<i2", count=1),
         RowField(name="bits", dtype="|u1", count=layout.num_bits // 8),
     )
-    return Output(name=name, shape=(width,), dtype="uint8", encoding=NAME, fields=fields, temperatures=(temperature,))
+    return Output(name=name, shape=shape, dtype="uint8", encoding=NAME, fields=fields, temperatures=(temperature,))
 
 
 def _layout(output: Output) -> Layout:

@@ -29,20 +29,29 @@ TEMPERATURES = (1.0, 2.0, 4.0, 10.0)
 _MAX_CODE = 255
 
 
-def _describe(name: str, width: int, kind: str) -> Output:
+def topk_fields(num_classes: int, kind: str) -> tuple[RowField, ...]:
+    """
+    Raises:
+        ConfigError: there are no classes beyond the k of the value of the config.
+    """
     k = int(kind.removeprefix("topk:"))
-    check_num_classes(kind, width, minimum=k + 1, next_step="choose a smaller k, or cache.logits=int8")
-    fields = (
+    check_num_classes(kind, num_classes, minimum=k + 1, next_step="choose a smaller k, or cache.logits=int8")
+    return (
         RowField(name="top", dtype="<f2", count=1),
         RowField(name="step", dtype="<f2", count=1),
         RowField(name="levels", dtype="|u1", count=len(TEMPERATURES)),
-        id_field(width, k),
+        id_field(num_classes, k),
         RowField(name="codes", dtype="|u1", count=k),
     )
-    return Output(name=name, shape=(width,), dtype="uint8", encoding="topk", fields=fields, temperatures=TEMPERATURES)
 
 
-def _pack(values_NK: NDArray[np.float32], rows_N: Rows, *_: object) -> None:
+def _describe(name: str, shape: tuple[int, ...], kind: str) -> Output:
+    fields = topk_fields(prod(shape), kind)
+    return Output(name=name, shape=shape, dtype="uint8", encoding="topk", fields=fields, temperatures=TEMPERATURES)
+
+
+def pack_topk(values_NK: NDArray[np.float32], rows_N: Rows, *_: object) -> None:
+    """Fills the ``topk_fields`` of rows."""
     ids_Nk = largest(values_NK, rows_N.dtype["ids"].shape[0])
     largest_Nk = np.take_along_axis(values_NK, ids_Nk, axis=1)
     levels_N4 = _levels(values_NK, ids_Nk)
@@ -74,9 +83,16 @@ def _round_up(step_N1: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def _unpack(rows_N: Rows, output: Output, temperature: float) -> NDArray[np.float32]:
+    return unpack_topk(rows_N, prod(output.shape), output.temperatures, temperature)
+
+
+def unpack_topk(
+    rows_N: Rows, num_classes: int, temperatures: tuple[float, ...], temperature: float
+) -> NDArray[np.float32]:
+    """[N,K]; ``temperatures`` are those of the output."""
     top_N1 = rows_N["top"].astype(np.float32)
     levels_N4 = top_N1 - from_codes(rows_N["levels"], rows_N["step"])
-    values_NK = np.repeat(_interpolate(levels_N4, output.temperatures, temperature), prod(output.shape), axis=1)
+    values_NK = np.repeat(_interpolate(levels_N4, temperatures, temperature), num_classes, axis=1)
     largest_Nk = top_N1 - from_codes(rows_N["codes"], rows_N["step"])
     np.put_along_axis(values_NK, rows_N["ids"].astype(np.int64), largest_Nk, axis=1)
     return values_NK
@@ -93,4 +109,4 @@ def _interpolate(
     return (levels_N4[:, [before]] * (1 - share) + levels_N4[:, [before + 1]] * share).astype(np.float32)
 
 
-TOPK = Encoding("topk", ("topk",), _describe, _pack, _unpack, depends_on_temperature=True)
+TOPK = Encoding("topk", ("topk",), _describe, pack_topk, _unpack, depends_on_temperature=True)

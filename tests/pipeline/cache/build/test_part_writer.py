@@ -83,6 +83,21 @@ def test_ranges_follow_each_other_from_the_magic_to_the_footer(
     assert pq.read_metadata(path).num_row_groups == 2 * groups_per_view
 
 
+def test_row_groups_of_maps_stay_within_their_bytes(tmp_path: Path) -> None:
+    """Maps of 3 MiB: ten rows in a group of 32 MiB; rows that arrive together are split."""
+    size_bytes, rows = 3 << 20, 23
+    schema = pa.schema([pa.field("row", pa.int32()), pa.field("logits", pa.binary(size_bytes))])
+    cells = pa.array([bytes([row]) * size_bytes for row in range(rows)], pa.binary(size_bytes))
+    with PartWriter(tmp_path, [0], schema, row_size_bytes=size_bytes, has_maps=True) as writer:
+        writer.add(0, pa.record_batch([pa.array(range(rows), pa.int32()), cells], schema=schema))
+        path = writer.close()
+    file = pq.ParquetFile(path)
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    assert [group.num_rows for group in groups] == [10, 10, 3]
+    assert [group.column(1).total_uncompressed_size // size_bytes for group in groups] == [10, 10, 3]
+    assert file.read()["logits"].to_pylist() == cells.to_pylist()
+
+
 def test_any_parquet_reader_reads_a_part(tmp_path: Path) -> None:
     table = pq.read_table(write_part(tmp_path, row_size_bytes=1 << 30))
     assert table.schema.equals(SCHEMA)
