@@ -29,6 +29,7 @@ from pipeline.tasks.task import (
     Task,
     TaskHead,
     TeacherOutputs,
+    UndecodableTargetError,
     output_roles,
     planned_outputs,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "Task",
     "TaskHead",
     "TeacherOutputs",
+    "UndecodableTargetError",
     "check_num_domains",
     "network_keys",
     "output_roles",

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.tasks.task import UndecodableTargetError
+
 _KEYS = ("boxes", "labels", "crowd")
 
 
-class BadBoxesError(Exception):
-    """Boxes that cannot be used; the text is the reason."""
+class BadBoxesError(UndecodableTargetError):
+    """Boxes that cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)

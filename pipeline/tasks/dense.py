@@ -3,7 +3,7 @@ target, and a sample whose target cannot be used has the status ``bad_target``."
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.tasks.boxes import BadBoxesError, check_boxes, parse_boxes
-from pipeline.tasks.masks import BadMaskError, check_mask, decode_mask
+from pipeline.tasks.boxes import BadBoxesError, Boxes, check_boxes, parse_boxes
+from pipeline.tasks.masks import BadMaskError, check_mask, decode_mask, mask_of_view
 from pipeline.tasks.task import (
     OutputSpec,
     Recount,
@@ -109,6 +109,9 @@ class DenseTask(Task):
     def encode(self, target: StoredTarget) -> dict[str, bytes]:
         return {self.members[0]: target.data}
 
+    def target_data(self, target: StoredTarget | None) -> bytes | None:
+        return None if target is None else target.data
+
     def without_content(self, target: StoredTarget | None) -> StoredTarget | None:
         return None if target is None else target._replace(data=b"")
 
@@ -166,6 +169,7 @@ class Segmentation(DenseTask):
     name = "segmentation"
     member_content = "a mask of class indexes as PNG"
     default_member = "mask.png"
+    view_target = "mask"
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Segmentation:
@@ -190,6 +194,23 @@ class Segmentation(DenseTask):
         except BadMaskError as error:
             return str(error)
         return check_mask(mask_HW, width, height, num_classes=self.num_labels, ignore=self.ignore)
+
+    def decode_target(self, data: bytes) -> NDArray[Any]:
+        """Class indexes [H,W]: uint8, or uint16 if ``ignore`` or the number of classes needs it."""
+        mask_HW = decode_mask(data, max_pixels=self.max_pixels)
+        return mask_HW.astype(self._mask_type, copy=False)
+
+    def target_of_view(
+        self, target: NDArray[Any] | None, box: Sequence[int], flip: bool, size: tuple[int, int]
+    ) -> NDArray[Any]:
+        """Class indexes [h,w] of the type of ``decode_target``; ``ignore`` outside of the image, and without a mask."""
+        if target is None:
+            return np.full(size, self.ignore, self._mask_type)
+        return mask_of_view(target, box, flip, size, ignore=self.ignore)
+
+    @property
+    def _mask_type(self) -> np.dtype[Any]:
+        return np.min_scalar_type(max(self.ignore, self.num_labels - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +238,6 @@ class Detection(DenseTask):
         except BadBoxesError as error:
             return str(error)
         return check_boxes(boxes, width, height, num_classes=self.num_labels)
+
+    def decode_target(self, data: bytes) -> Boxes:
+        return parse_boxes(data)

@@ -145,6 +145,7 @@ class WithDomain(Task):
     has_networks = cast("bool", property(attrgetter("base.has_networks")))
     default_member = cast("str", property(attrgetter("base.default_member")))
     trains_on_targets = cast("bool", property(attrgetter("base.trains_on_targets")))
+    view_target = cast("str | None", property(attrgetter("base.view_target")))
     embedding = cast("str", property(attrgetter("base.embedding")))
 
     @classmethod
@@ -205,6 +206,15 @@ class WithDomain(Task):
 
     def check_target(self, target: tuple[Any | None, str | None] | None, width: int, height: int) -> str | None:
         return self.base.check_target(None if target is None else target[0], width, height)
+
+    def target_data(self, target: tuple[Any | None, str | None] | None) -> bytes | None:
+        return None if target is None else self.base.target_data(target[0])
+
+    def decode_target(self, data: bytes) -> Any:
+        return self.base.decode_target(data)
+
+    def target_of_view(self, target: Any | None, box: Sequence[int], flip: bool, size: tuple[int, int]) -> NDArray[Any]:
+        return self.base.target_of_view(target, box, flip, size)
 
     def without_content(self, target: tuple[Any | None, str | None] | None) -> tuple[Any | None, str | None] | None:
         return None if target is None else (self.base.without_content(target[0]), target[1])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from pipeline.core.errors import first_line
+from pipeline.tasks.task import UndecodableTargetError
 from pipeline.tasks.view_geometry import source_positions
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -24,8 +25,8 @@ _SPREAD = {2: 85, 4: 17}
 _MODES = ("1", "L", "P", "I;16")
 
 
-class BadMaskError(Exception):
-    """A mask that cannot be used; its text is the reason."""
+class BadMaskError(UndecodableTargetError):
+    """A mask that cannot be used."""
 
 
 def decode_mask(data: bytes, *, max_pixels: int) -> NDArray[Any]:

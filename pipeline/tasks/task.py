@@ -132,6 +132,10 @@ class BadTargetError(ValueError):
         self.what, self.label, self.head = what, label, head
 
 
+class UndecodableTargetError(Exception):
+    """Bytes of a mask or of boxes that cannot be decoded; the text is the reason."""
+
+
 class StatisticsAccumulator(ABC):
     """Sums the task's fields of ``Statistics``: over rows, and over the statistics of parts."""
 
@@ -184,6 +188,9 @@ class Task(ABC):
     """An extension of members with a target, for messages."""
     trains_on_targets: ClassVar[bool] = True
     """Whether networks of the task learn targets. Otherwise these are for evaluation alone, and data need have none."""
+    view_target: ClassVar[str | None] = None
+    """The name of the target of a view, of tasks whose targets are at places of an image: ``target_of_view``. None: a
+    view has the target of its sample, which is in ``columns``."""
     embedding: ClassVar[str] = EMBEDDING
     """The output that ``embedding_norm`` of a part is the norm of, and that class means average."""
 
@@ -275,6 +282,31 @@ class Task(ABC):
     def without_content(self, target: Any | None) -> Any | None:
         """What ``rows`` needs of a target, which is kept for all samples of a shard."""
         return target
+
+    def target_data(self, target: Any | None) -> bytes | None:
+        """The bytes of a target that ``parse_members`` returned, for ``decode_target``; None: the sample has no target.
+
+        Of tasks with a ``view_target``, like the next two methods.
+        """
+        raise NotImplementedError(f"{self.name} has no targets of views, but {type(target).__name__}")
+
+    def decode_target(self, data: bytes) -> Any:
+        """The target of an image, to be decoded once for all its views.
+
+        Raises:
+            UndecodableTargetError: ``check_target`` refuses it as well.
+        """
+        raise NotImplementedError(f"{self.name} has no targets of views")
+
+    def target_of_view(self, target: Any | None, box: Sequence[int], flip: bool, size: tuple[int, int]) -> NDArray[Any]:
+        """The target of a view, of the same shape and type for all images.
+
+        Args:
+            target: of the image, as ``decode_target`` returns it; None: the image has none.
+            box: (left, top, width, height) in pixels of the upright image; may reach beyond it to the right and below.
+            size: height and width of the view.
+        """
+        raise NotImplementedError(f"{self.name} has no targets of views")
 
     def hint(self, error: BadTargetError, samples: Sequence[Mapping[str, bytes]]) -> str:
         """The next step after an error of ``parse``: keys that would read the labels of these samples.

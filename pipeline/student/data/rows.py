@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.tasks.dense import HASH, OFFSET, SIZE
+
 StructuredRows = NDArray[np.void]
 _AUG_PARAMS = "aug_params/"
 _BYTE_RANGE = ["offset", "size", "content_hash"]
+_TARGET_RANGE = [OFFSET, SIZE, HASH]
 _PIXEL_RANGE = ["pixel_offset", "pixel_size", "pixel_hash"]
 
 
@@ -68,6 +71,12 @@ class SampleRows:
     def byte_ranges(self) -> list[tuple[int, int, int]]:
         """Offset and size in bytes in the shard, and content hash, of each row's image."""
         return self.rows_N[_BYTE_RANGE].tolist()
+
+    @property
+    def target_ranges(self) -> list[tuple[int, int, int]]:
+        """Offset and size in bytes in the shard, and content hash, of each row's mask or boxes; offset -1: it has none.
+        Of tasks with a ``view_target``."""
+        return self.rows_N[_TARGET_RANGE].tolist()
 
     @property
     def pixel_ranges(self) -> list[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
 from torch import Tensor
@@ -13,6 +14,7 @@ from pipeline.shards.shard_urls import report_moved
 from pipeline.shards.tar import ShardReader
 from pipeline.student.data.local_store import CacheLease, NodeStore
 from pipeline.student.data.memo import Memo, max_open
+from pipeline.tasks import Task, UndecodableTargetError
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +68,25 @@ class ShardFiles:
                 next_step="use the decoder versions that built the index",
             ) from error
 
-    def target(self, shard: int, byte_range: tuple[int, int, int], *, sample_id: str) -> bytes:
-        """The member with a mask or boxes at this offset and size, verified by its hash to be the one that was indexed.
+    def target(self, shard: int, byte_range: tuple[int, int, int], task: Task, *, sample_id: str) -> Any:
+        """The mask or the boxes at one of ``SampleRows.target_ranges``, verified to be those that were indexed, as
+        ``task.decode_target`` returns them.
 
         Raises:
             CacheError: the tar holds other bytes now.
-            ShardError: the tar ends before them.
+            ShardError: they no longer decode, or the tar ends before them.
         """
-        return self._read(shard, byte_range, sample_id, what="a mask, or boxes,", code="shard.target-changed")
+        data = self._read(shard, byte_range, sample_id, what="a mask, or boxes,", code="shard.target-changed")
+        try:
+            return task.decode_target(data)
+        except UndecodableTargetError as error:
+            raise ShardError(
+                f"{task.member_content} was usable when its shard was indexed and is unusable now",
+                code="shard.image-undecodable-now",
+                where=sample_id,
+                got=str(error),
+                next_step="use the decoder versions that built the index",
+            ) from error
 
     def _read(self, shard: int, byte_range: tuple[int, int, int], sample_id: str, *, what: str, code: str) -> bytes:
         offset, size, expected = byte_range

@@ -30,6 +30,7 @@ from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import Members, pack_shards
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.data.shard_files import ShardFiles
+from pipeline.tasks import task_of
 from pipeline.teacher.rendering import Rendering, indexed_samples, read_groups
 from schemas.cache_format import ViewBlock
 from schemas.config import DataConfig, ViewsConfig
@@ -166,12 +167,16 @@ def test_a_target_is_compared_with_its_hash_at_every_read(
     store = NodeStore.of(data.model_copy(update={"local_dir": str(tmp_path / "node")}))
     files = ShardFiles([str(path)], store, name_shards="data.shards")
     (expected,) = (content for name, content in samples["good"][0].items() if name != "jpg")
-    assert files.target(0, place, sample_id="good") == expected
+    task, target = index.task, files.target(0, place, index.task, sample_id="good")
+    assert task.target_data(task.parse({task.default_member: expected})) == expected
+    assert repr(target) == repr(task.decode_target(expected))
+    with raises("shard.image-undecodable-now", where="good"):
+        files.target(0, (place[0], 1, xxhash.xxh3_64_intdigest(expected[:1])), task, sample_id="good")
     with path.open("r+b") as file:
         file.seek(place[0] + 1)
         file.write(b"?")
     with raises("shard.target-changed", where="good"):
-        files.target(0, place, sample_id="good")
+        files.target(0, place, task, sample_id="good")
     files.close()
 
 
@@ -222,3 +227,22 @@ def test_masks_and_boxes_may_have_a_domain(shard: tuple[Path, DataConfig, dict[s
     with raises("shard.bad-samples", ShardError) as caught:
         check_samples(stored, with_domain.model_copy(update={"bad_samples": "fail"}), where=str(path))
     assert f"class (bad_target: {index.reasons[row]})" in str(caught.value.got)
+
+
+@pytest.mark.parametrize(("keys", "dtype"), [({}, np.uint8), ({"ignore_index": 300}, np.uint16)])
+@pytest.mark.parametrize("domain", [None, "domain.txt"])
+def test_masks_of_views_have_one_shape_and_type(keys: dict[str, Any], dtype: type, domain: str | None) -> None:
+    """Of images with a mask, whatever its bits, and without one."""
+    task = task_of(DataConfig.model_validate({"task": "segmentation", "num_classes": 3, "domain": domain, **keys}))
+    ignore = keys.get("ignore_index", 255)
+    for type_of_png in (np.uint8, np.uint16):
+        image_HW = np.array([[0, 1, 2], [2, 1, 0]], type_of_png)
+        target = task.decode_target(encoded(image_HW))
+        # Twice the size, two pixels below the image, and flipped.
+        view_hw = task.target_of_view(target, (1, 0, 2, 3), True, (6, 4))
+        shown = [[2, 2, 1, 1]] * 2 + [[0, 0, 1, 1]] * 2 + [[ignore] * 4] * 2
+        assert view_hw.tolist() == shown
+        assert view_hw.dtype == dtype
+    none_hw = task.target_of_view(None, (1, 0, 2, 3), True, (6, 4))
+    assert none_hw.tolist() == [[ignore] * 4] * 6
+    assert none_hw.dtype == dtype
