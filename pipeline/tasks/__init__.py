@@ -15,6 +15,7 @@ from pipeline.tasks.domains import with_domain, without_domain
 from pipeline.tasks.embedding import Embedding
 from pipeline.tasks.heads import Heads
 from pipeline.tasks.task import (
+    AUX,
     DOMAIN,
     EMBEDDING,
     TOKENS,
@@ -80,6 +81,7 @@ def task_settings(data: DataConfig) -> dict[str, Any]:
 
 
 __all__ = [
+    "AUX",
     "DOMAIN",
     "EMBEDDING",
     "TASKS",

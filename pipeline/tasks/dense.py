@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.tasks.boxes import BadBoxesError, Boxes, check_boxes, parse_boxes
 from pipeline.tasks.masks import BadMaskError, check_mask, decode_mask, mask_of_view
 from pipeline.tasks.task import (
+    LOGITS,
     OutputSpec,
     Recount,
     StatisticsAccumulator,
@@ -22,11 +23,14 @@ from pipeline.tasks.task import (
     TargetMember,
     Targets,
     Task,
+    TaskHead,
     TeacherOutputs,
 )
 from schemas.cache_format import Statistics
 from schemas.config import CacheConfig
 
+MASK = "mask"
+"""The target of a view of segmentation."""
 OFFSET, SIZE, HASH = "target_offset", "target_size", "target_hash"
 
 
@@ -161,6 +165,21 @@ class DenseTask(Task):
 
 
 @dataclass(frozen=True, slots=True)
+class MapHead(TaskHead):
+    """Logits of a class at each position. ``ignore``: the value of pixels that count nowhere."""
+
+    ignore: int
+
+    @property
+    def column(self) -> str:
+        return MASK
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        return {"ignore_index": self.ignore}
+
+
+@dataclass(frozen=True, slots=True)
 class Segmentation(DenseTask):
     """``ignore``: the value of pixels that count nowhere."""
 
@@ -169,7 +188,7 @@ class Segmentation(DenseTask):
     name = "segmentation"
     member_content = "a mask of class indexes as PNG"
     default_member = "mask.png"
-    view_target = "mask"
+    view_target = MASK
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Segmentation:
@@ -178,6 +197,14 @@ class Segmentation(DenseTask):
     @property
     def settings(self) -> dict[str, Any]:
         return {"label": self.label, "num_classes": self.num_labels, "ignore_index": self.ignore}
+
+    @property
+    def heads(self) -> tuple[MapHead, ...]:
+        return (MapHead(None, "map", self.num_labels, self.ignore),)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {LOGITS: self.num_labels}
 
     def is_target(self, text: bytes) -> bool:
         try:

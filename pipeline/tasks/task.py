@@ -20,6 +20,10 @@ LABEL, LOGITS = "label", "logits"
 EMBEDDING = "embedding"
 """The output that the networks of all tasks have: [B,D], the input of their heads."""
 
+AUX = "aux"
+"""The output of networks with an auxiliary head that is trained like the final one and then left out: a map [B,K,h,w],
+of tasks whose logits are maps."""
+
 TOKENS = "tokens"
 """The output of teachers whose patch tokens are wanted, in all tasks: [B,P,D], the positions of a layer's output."""
 
@@ -29,7 +33,7 @@ DOMAIN = "domain"
 Targets = Mapping[str, NDArray[Any]]
 """Target columns by name, [N,…] each; a row without a target consists of ``TargetColumn.missing``."""
 
-HeadKind = Literal["class", "multilabel"]
+HeadKind = Literal["class", "multilabel", "map"]
 
 TeacherOutputs = Mapping[str, NDArray[np.float32]]
 """Outputs of a teacher by the names of ``OutputSpec``, [N,…] each."""
@@ -80,7 +84,8 @@ class TaskHead:
 
     Attributes:
         name: None: the only head, which has none.
-        kind: class: one class a row, a softmax; multilabel: any number of classes, each with a sigmoid.
+        kind: class: one class a row, a softmax; multilabel: any number of classes, each with a sigmoid; map: one class
+            and a softmax at each position of a row.
         num_classes: K; None: not known yet.
     """
 
@@ -90,8 +95,13 @@ class TaskHead:
 
     @property
     def column(self) -> str:
-        """Of the target."""
+        """Of the target, or the name of the task's ``view_target``."""
         return LABEL if self.name is None else f"{LABEL}_{self.name}"
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Arguments of losses that the head determines, by name."""
+        return {}
 
     @property
     def output(self) -> str:

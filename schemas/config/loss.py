@@ -62,6 +62,9 @@ class CeLoss(HeadLossSection):
     prior: Literal["balanced"] | PriorConfig | None = Field(
         None, description="balanced, or {tau: 1.0}: logits plus tau times the logarithms of the classes' frequencies."
     )
+    aux_weight: float = Field(
+        0.0, ge=0, description="task segmentation: factor of the same loss of the student's auxiliary head."
+    )
 
 
 class BceLoss(HeadLossSection):
@@ -76,6 +79,9 @@ class KdLoss(HeadLossSection):
 
     name: Literal["kd"]
     temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
+    aux_weight: float = Field(
+        0.0, ge=0, description="task segmentation: factor of the same loss of the student's auxiliary head."
+    )
 
 
 class DistLoss(RelationLossSection):
@@ -86,10 +92,23 @@ class DistLoss(RelationLossSection):
     inter_weight: float = Field(1.0, ge=0, description="β: relations among the classes of one sample.")
     intra_weight: float = Field(1.0, ge=0, description="γ: relations among the samples of one class.")
     gather: bool = Field(False, description="Relations over the global batch instead of the rows of each rank.")
+    aux_weight: float = Field(
+        0.0, ge=0, description="task segmentation: factor of the same loss of the student's auxiliary head."
+    )
 
     @property
     def relates_rows(self) -> bool:
         return self.intra_weight > 0
+
+
+class CwdLoss(HeadLossSection):
+    """CWD, Shu 2021: softmaxes over the positions of a class."""
+
+    name: Literal["cwd"]
+    temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
+    aux_weight: float = Field(
+        0.0, ge=0, description="task segmentation: factor of the same loss of the student's auxiliary head."
+    )
 
 
 class DkdLoss(RelationLossSection):
@@ -210,6 +229,7 @@ LossConfig = Annotated[
     | BceLoss
     | KdLoss
     | DistLoss
+    | CwdLoss
     | DkdLoss
     | HardLoss
     | NdLoss

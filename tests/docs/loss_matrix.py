@@ -16,6 +16,7 @@ _TARGETS: dict[str, dict[str, Any]] = {
     "K classes": {"num_classes": 10},
     "2 classes": {"num_classes": 2},
     "multilabel": {"task": "heads", "label": "json", "heads": {"x": {"num_classes": 10, "kind": "multilabel"}}},
+    "maps": {"task": "segmentation", "num_classes": 10},
     "no classes": {"task": "embedding", "label": None},
 }
 _DESCRIBED = "../reference/config.md#loss-"

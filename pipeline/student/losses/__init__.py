@@ -12,14 +12,16 @@ from pipeline.student.losses.hard import hard
 from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
 from pipeline.student.losses.kd import kd
+from pipeline.student.losses.maps import ce_map, cwd, dist_map, kd_map
 from pipeline.student.losses.multilabel import bce, kd_multilabel
 from pipeline.student.losses.nd import ClassDirections, check_class_means, nd
-from pipeline.student.losses.registry import LOSSES, MULTILABEL_LOSSES
+from pipeline.student.losses.registry import LOSSES, MAP_LOSSES, MULTILABEL_LOSSES
 from pipeline.student.losses.similarity import similarity
 from pipeline.student.losses.tokens import token_cosine, token_mse
 
 __all__ = [
     "LOSSES",
+    "MAP_LOSSES",
     "MULTILABEL_LOSSES",
     "PARAMETERS",
     "BatchShare",
@@ -30,14 +32,18 @@ __all__ = [
     "TeacherInputs",
     "bce",
     "ce",
+    "ce_map",
     "check_class_means",
     "cosine",
+    "cwd",
     "dist",
+    "dist_map",
     "dist_multilabel",
     "dkd",
     "hard",
     "hcl",
     "kd",
+    "kd_map",
     "kd_multilabel",
     "mse",
     "nd",

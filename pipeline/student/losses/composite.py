@@ -18,6 +18,12 @@ from pipeline.student.losses.registry import BY_KIND, SAMPLED_LOSSES
 from pipeline.tasks import EMBEDDING, TOKENS, HeadKind, Task, TaskHead
 from schemas.config import HeadLossSection, LossConfig, TokenLossSection
 
+_KINDS: dict[HeadKind, str] = {
+    "class": "heads with one class a sample",
+    "multilabel": "multilabel heads",
+    "map": "maps of logits",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchShare:
@@ -28,7 +34,8 @@ class BatchShare:
     0-d and on the batch's device, so that no step waits for a count.
 
     Attributes:
-        num_labelled, num_labelled_global: rows that have a target, by its column.
+        num_labelled, num_labelled_global: rows that have a target, by its column; of a target of views, the pixels
+            that have a class.
     """
 
     world_size: int
@@ -57,6 +64,7 @@ class _Binding:
 
     head: TaskHead | None
     loss: Callable[..., Tensor]
+    options: Mapping[str, Any]
     required: Mapping[str, Parameter]
     optional: Mapping[str, Parameter]
 
@@ -144,7 +152,7 @@ class _Term:
                 expected=", ".join(sorted(binding.required)),
                 next_step="fill them; the properties of CompositeLoss list what the terms take",
             )
-        return binding.loss(**values, **self.options)
+        return binding.loss(**values, **binding.options)
 
 
 class CompositeLoss:
@@ -312,7 +320,6 @@ def _keys(terms: Sequence[LossConfig]) -> list[str]:
 
 
 def _term(key: str, section: LossConfig, task: Task, *, where: str) -> _Term:
-    options = section.arguments
     functions: dict[HeadKind, Callable[..., Tensor]] = {
         kind: losses[section.name] for kind, losses in BY_KIND.items() if section.name in losses
     }
@@ -321,7 +328,9 @@ def _term(key: str, section: LossConfig, task: Task, *, where: str) -> _Term:
         if isinstance(section, HeadLossSection)
         else (None,)
     )
-    bindings = tuple(_bind(functions["class" if head is None else head.kind], head, options) for head in heads)
+    bindings = tuple(
+        _bind(functions["class" if head is None else head.kind], head, section, where=where) for head in heads
+    )
     unknown = {
         f"{parameter.source} {parameter.name}"
         for binding in bindings
@@ -336,7 +345,7 @@ def _term(key: str, section: LossConfig, task: Task, *, where: str) -> _Term:
             got=section.name + (f", which takes {', '.join(sorted(unknown))}" if unknown else ""),
             next_step="name a loss of this task, or set data.task to the task of the loss",
         )
-    return _Term(key, section, bindings, options)
+    return _Term(key, section, bindings, section.arguments)
 
 
 def _heads_of(
@@ -367,17 +376,36 @@ def _heads_of(
     return tuple(head for head in heads if head.kind in kinds)
 
 
-def _bind(loss: Callable[..., Tensor], head: TaskHead | None, options: Mapping[str, Any]) -> _Binding:
+def _bind(loss: Callable[..., Tensor], head: TaskHead | None, section: LossConfig, *, where: str) -> _Binding:
+    """
+    Raises:
+        ConfigError: the section has an option that the function for this kind of head lacks.
+    """
     parameters = inspect.signature(loss).parameters
+    options = {**section.arguments, **({} if head is None else head.arguments)}
+    for key in section.arguments.keys() - parameters.keys():
+        if getattr(section, key) != type(section).model_fields[key].default:
+            assert head is not None, "a loss that takes nothing of a head takes all keys of its section"
+            raise ConfigError(
+                f"{section.name} has no {key} for {_KINDS[head.kind]}",
+                code="loss.option-of-other-head",
+                where=f"{where}.{key}",
+                got=options[key],
+                next_step=f"remove {key}",
+            )
+    options = {key: value for key, value in options.items() if key in parameters}
     optional = {name for name in parameters if name in PARAMETERS and parameters[name].default is None}
     if options.get("gather"):
         optional -= {"sum_over_ranks", "join_over_ranks"}
     if options.get("prior"):
         optional -= {"log_prior_K"}
+    if options.get("aux_weight"):
+        optional -= {"aux_BKhw"}
     required = parameters.keys() - options.keys() - optional
     return _Binding(
         head,
         loss,
+        options,
         {name: PARAMETERS[name].of(head) for name in sorted(required)},
         {name: PARAMETERS[name].of(head) for name in sorted(optional)},
     )

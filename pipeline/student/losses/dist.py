@@ -63,11 +63,31 @@ def dist(
     Raises:
         ModelError: the two shapes differ.
     """
-    total = _total(sum_over_ranks, gather=gather)
+    return dist_of_rows(
+        as_rows(student_BK),
+        as_rows(teacher_BK),
+        temperature=temperature,
+        inter_weight=inter_weight,
+        intra_weight=intra_weight,
+        total=total_over(sum_over_ranks, gather=gather),
+    )
+
+
+def dist_of_rows(
+    student_BK: Tensor,
+    teacher_BK: Tensor,
+    *,
+    temperature: float,
+    inter_weight: float,
+    intra_weight: float,
+    total: SumOverRanks,
+    counted_B: Tensor | None = None,
+) -> Tensor:
+    """``dist``, where ``total`` adds sums over ranks, of those rows ``[B]`` that are counted; None: all are."""
     with no_autocast(student_BK):
-        student_BK, teacher_BK = finite_pair(_rows(student_BK), _rows(teacher_BK))
+        student_BK, teacher_BK = finite_pair(student_BK, teacher_BK)
         student_BK, teacher_BK = (student_BK / temperature).softmax(dim=1), (teacher_BK / temperature).softmax(dim=1)
-        return temperature**2 * _relations(student_BK, teacher_BK, inter_weight, intra_weight, total)
+        return temperature**2 * _relations(student_BK, teacher_BK, inter_weight, intra_weight, total, counted_B)
 
 
 @register("dist", kind="multilabel")
@@ -95,7 +115,7 @@ def dist_multilabel(
     Raises:
         ModelError: the two shapes differ.
     """
-    total = _total(sum_over_ranks, gather=gather)
+    total = total_over(sum_over_ranks, gather=gather)
     with no_autocast(student_BK):
         student_BK, teacher_BK = finite_pair(student_BK, teacher_BK)
         student_BK, teacher_BK = (student_BK / temperature).sigmoid(), (teacher_BK / temperature).sigmoid()
@@ -105,18 +125,27 @@ def dist_multilabel(
 
 
 def _relations(
-    student_BK: Tensor, teacher_BK: Tensor, inter_weight: float, intra_weight: float, total: SumOverRanks
+    student_BK: Tensor,
+    teacher_BK: Tensor,
+    inter_weight: float,
+    intra_weight: float,
+    total: SumOverRanks,
+    counted_B: Tensor | None = None,
 ) -> Tensor:
-    """Of probabilities."""
+    """Of probabilities; ``counted_B`` as of ``dist``."""
     inter_B = 1 - _correlation(student_BK, teacher_BK, dim=1, total=_rank_sum)
-    inter, num_rows = total(torch.stack([inter_B.sum(), inter_B.new_full((), len(inter_B))])).unbind()
-    intra = 1 - _correlation(student_BK, teacher_BK, dim=0, total=total).mean()
+    num_counted = inter_B.new_full((), len(inter_B))
+    if counted_B is not None:
+        inter_B, num_counted = torch.where(counted_B, inter_B, 0.0), counted_B.sum().to(inter_B)
+    inter, num_rows = total(torch.stack([inter_B.sum(), num_counted])).unbind()
+    intra = 1 - _correlation(student_BK, teacher_BK, dim=0, total=total, counted_B=counted_B).mean()
     # 0 for a batch of no rows.
     intra = intra * num_rows.clamp_max(1)
     return inter_weight * inter / num_rows.clamp_min(1) + intra_weight * intra
 
 
-def _total(sum_over_ranks: SumOverRanks | None, *, gather: bool) -> SumOverRanks:
+def total_over(sum_over_ranks: SumOverRanks | None, *, gather: bool) -> SumOverRanks:
+    """The function that adds sums over ranks if ``gather``, else returns those of this rank."""
     assert not gather or sum_over_ranks is not None, "gather comes with sum_over_ranks"
     return sum_over_ranks if gather and sum_over_ranks is not None else _rank_sum
 
@@ -126,15 +155,21 @@ def _rank_sum(sums: Tensor) -> Tensor:
     return sums
 
 
-def _rows(logits_BK: Tensor) -> Tensor:
+def as_rows(logits_BK: Tensor) -> Tensor:
     """``[B,K]`` as it is, ``[B,K,H,W]`` as ``[B·H·W,K]``."""
     return logits_BK.movedim(1, -1).flatten(0, -2)
 
 
-def _correlation(student_BK: Tensor, teacher_BK: Tensor, *, dim: int, total: SumOverRanks) -> Tensor:
+def _correlation(
+    student_BK: Tensor, teacher_BK: Tensor, *, dim: int, total: SumOverRanks, counted_B: Tensor | None = None
+) -> Tensor:
     """Pearson's r along ``dim``: ``[B]`` for 1, ``[K]`` for 0. ``total`` adds these sums over ranks."""
-    student_mean, teacher_mean, student_square = _means(student_BK, teacher_BK, dim=dim, total=total)
+    student_mean, teacher_mean, student_square = _means(
+        student_BK, teacher_BK, dim=dim, total=total, counted_B=counted_B
+    )
     student_BK, teacher_BK = student_BK - student_mean.unsqueeze(dim), teacher_BK - teacher_mean.unsqueeze(dim)
+    if counted_B is not None:
+        student_BK, teacher_BK = (torch.where(counted_B[:, None], side_BK, 0.0) for side_BK in (student_BK, teacher_BK))
     sums = [(student_BK * teacher_BK).sum(dim), student_BK.square().sum(dim), teacher_BK.square().sum(dim)]
     product, student_sum, teacher_sum = total(torch.stack(sums)).unbind()
     floor = (_STUDENT_NORM_FLOOR**2 * student_square).clamp_min(_MIN_SQUARE)
@@ -142,12 +177,18 @@ def _correlation(student_BK: Tensor, teacher_BK: Tensor, *, dim: int, total: Sum
 
 
 @torch.no_grad()
-def _means(student_BK: Tensor, teacher_BK: Tensor, *, dim: int, total: SumOverRanks) -> Tensor:
+def _means(
+    student_BK: Tensor, teacher_BK: Tensor, *, dim: int, total: SumOverRanks, counted_B: Tensor | None
+) -> Tensor:
     """Means along ``dim`` of student, teacher and the student's square: ``[3,B]`` or ``[3,K]``.
 
     They need no gradient: deviations from a mean sum to 0, so the derivative by the mean vanishes.
     """
+    num_counted: int | Tensor = student_BK.shape[dim]
+    if counted_B is not None:
+        student_BK, teacher_BK = (torch.where(counted_B[:, None], side_BK, 0.0) for side_BK in (student_BK, teacher_BK))
+        num_counted = counted_B.sum()
     sums = [student_BK.sum(dim), teacher_BK.sum(dim), student_BK.square().sum(dim)]
-    counts = torch.full_like(sums[0], student_BK.shape[dim])
+    counts = torch.ones_like(sums[0]) * num_counted
     *sums, counts = total(torch.stack([*sums, counts])).unbind()
     return torch.stack(sums) / counts.clamp_min(1)

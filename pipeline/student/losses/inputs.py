@@ -12,7 +12,7 @@ from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses.dist import SumOverRanks
 from pipeline.student.losses.nd import ClassDirections
 from pipeline.student.losses.similarity import JoinOverRanks
-from pipeline.tasks import EMBEDDING, TOKENS, Task, TaskHead
+from pipeline.tasks import AUX, EMBEDDING, TOKENS, Task, TaskHead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +43,10 @@ class LossInputs:
 
     Attributes:
         outputs: of the student, [B,…] by name.
-        targets: int64 [B,…] by the name of the task's column.
+        targets: integers [B,…] by the name of the task's column, or of its ``view_target``.
         partner_B: int64, position of each row's mixup partner in this batch; None: the batch is not mixed.
         lambda_B: share of the row's image in its mixed pixels; comes with ``partner_B``.
+        visible_BHW: bool, the pixels of the student's views that show the image; of tasks with a ``view_target``.
         log_priors: fp32 [K] by the column of the classes, for terms with a prior.
         sum_over_ranks, join_over_ranks: for terms that gather.
     """
@@ -55,6 +56,7 @@ class LossInputs:
     teachers: tuple[TeacherInputs, ...] = ()
     partner_B: Tensor | None = None
     lambda_B: Tensor | None = None
+    visible_BHW: Tensor | None = None
     log_priors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     sum_over_ranks: SumOverRanks | None = None
     join_over_ranks: JoinOverRanks | None = None
@@ -99,9 +101,9 @@ class Parameter:
         """Whether data and networks of the task have it."""
         match self.source:
             case "target" | "partner's target":
-                return self.name in {column.name for column in task.columns}
+                return self.name in {task.view_target, *(column.name for column in task.columns)}
             case "student output" | "projected output" | "teacher output" | "teacher norm":
-                return self.name in {*task.widths, task.embedding, TOKENS}
+                return self.name in {*task.widths, task.embedding, TOKENS, AUX}
             case _:
                 return True
 
@@ -154,6 +156,11 @@ PARAMETERS: dict[str, Parameter] = {
     "student_BK": Parameter("student output", None),
     "embedding_BD": Parameter("student output", EMBEDDING),
     "student_BD": Parameter("projected output", EMBEDDING),
+    "student_BKhw": Parameter("student output", None),
+    "aux_BKhw": Parameter("student output", AUX),
+    "teacher_BKhw": Parameter("teacher output", None),
+    "mask_BHW": Parameter("target", None),
+    "visible_BHW": Parameter("batch", "visible_BHW"),
     "labels_B": Parameter("target", None),
     "mixed_labels_B": Parameter("partner's target", None),
     "targets_BK": Parameter("target", None),
@@ -171,4 +178,5 @@ PARAMETERS: dict[str, Parameter] = {
     "student_maps": Parameter("teacher", "student_maps"),
     "teacher_maps": Parameter("teacher", "teacher_maps"),
 }
-"""By the names that losses have for them. All other parameters of a loss are keys of its config section."""
+"""By the names that losses have for them. All other parameters of a loss are keys of its config section, or those of
+``TaskHead.arguments``."""

@@ -22,7 +22,7 @@ def two_class_heads(loss: CompositeLoss) -> list[tuple[int, DistLoss | DkdLoss, 
         for number, (section, heads) in enumerate(loss.heads_by_term)
         if isinstance(section, DistLoss | DkdLoss) and section.weight
         for head in heads
-        if head.kind == "class" and head.num_classes == 2
+        if head.kind != "multilabel" and head.num_classes == 2
     ]
 
 

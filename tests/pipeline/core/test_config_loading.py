@@ -18,7 +18,8 @@ from tests.errors import raises
 from tests.marks import slow
 
 LOSSES = (
-    "ce, bce, kd, dist, dkd, hard, nd, sifn, cosine, mse, smooth_l1, similarity, token_cosine, token_mse, review_kd"
+    "ce, bce, kd, dist, cwd, dkd, hard, nd, sifn, cosine, mse, smooth_l1, similarity, token_cosine, token_mse, "
+    "review_kd"
 )
 TRAINING = """\
 data:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.student.data.teacher_outputs import TeacherOutputs
-from pipeline.student.losses import LOSSES, MULTILABEL_LOSSES, BatchShare, ClassDirections, LossInputs
+from pipeline.student.losses import LOSSES, MAP_LOSSES, MULTILABEL_LOSSES, BatchShare, ClassDirections, LossInputs
 from schemas.config import LossConfig
 
 # No deadline: a loaded machine must not fail a test.
@@ -127,6 +127,11 @@ def _tokens(logits_BK: Tensor) -> Tensor:
     return torch.stack([logits_BK, -logits_BK], dim=1)
 
 
+def _map(logits_BK: Tensor) -> Tensor:
+    """The logits at some of 2×3 positions; powers of two round nothing."""
+    return logits_BK[:, :, None, None] * torch.tensor([[-1, 0.5, 1], [0.25, 0, 2**-3]]).to(logits_BK)
+
+
 # By parameter, from logits of student and teacher; losses on embeddings, tokens or maps take the logits for these.
 _INPUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "student_BK": lambda student, _teacher, _labels: student,
@@ -140,11 +145,21 @@ _INPUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "class_directions": lambda student, _teacher, _labels: _class_directions(student),
     "student_maps": lambda student, _teacher, _labels: _maps(student),
     "teacher_maps": lambda _student, teacher, _labels: _maps(teacher),
+    "student_BKhw": lambda student, _teacher, _labels: _map(student),
+    "aux_BKhw": lambda student, _teacher, _labels: _map(student).flip(2),
+    "teacher_BKhw": lambda _student, teacher, _labels: _map(teacher).flip(3),
+    "mask_BHW": lambda _student, _teacher, labels: labels[:, None, None].expand(len(labels), 4, 5),
+    "visible_BHW": lambda _student, _teacher, labels: torch.arange(5).expand(len(labels), 4, 5) < 4,
+    "ignore_index": lambda _student, _teacher, _labels: -1,
     "labels_B": lambda _student, _teacher, labels: labels,
     "targets_BK": lambda student, _teacher, labels: _targets(student, labels),
 }
 
-FUNCTIONS = {**LOSSES, **{f"{name} multilabel": loss for name, loss in MULTILABEL_LOSSES.items()}}
+FUNCTIONS = {
+    **LOSSES,
+    **{f"{name} multilabel": loss for name, loss in MULTILABEL_LOSSES.items()},
+    **{f"{name} map": loss for name, loss in MAP_LOSSES.items()},
+}
 """All registered losses, with a name for each."""
 
 
@@ -157,7 +172,9 @@ def default_options(name: str) -> dict[str, Any]:
     """The keys of a loss with their defaults, from its config section."""
     union, _ = get_args(LossConfig)
     sections = {get_args(section.model_fields["name"].annotation)[0]: section for section in get_args(union)}
-    return sections[name.removesuffix(" multilabel")].model_construct().arguments
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    section = sections[name.removesuffix(" multilabel").removesuffix(" map")].model_construct()
+    return {key: value for key, value in section.arguments.items() if key in parameters}
 
 
 def call(

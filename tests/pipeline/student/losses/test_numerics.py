@@ -30,6 +30,9 @@ VARIANTS: dict[str, Variant] = {
     "nd mixed": ("nd", {"mixed": True}),
     "bce smoothed": ("bce multilabel", {"label_smoothing": 0.1}),
     "bce mixed": ("bce multilabel", {"mixed": True}),
+    "ce map smoothed, with aux": ("ce map", {"label_smoothing": 0.1, "aux_weight": 0.4}),
+    **{f"{name} map with aux": (f"{name} map", {"aux_weight": 0.4}) for name in ("kd", "dist", "cwd")},
+    "dist map gathered": ("dist map", {"gather": True, "sum_over_ranks": lambda sums: sums}),
     "dist multilabel gathered": ("dist multilabel", {"gather": True, "sum_over_ranks": lambda sums: sums}),
 }
 
@@ -92,7 +95,7 @@ def test_a_batch_of_no_rows_has_loss_zero_on_the_graph(variant: Variant) -> None
     assert student_BK.grad.shape == (0, 10)
 
 
-@over(lambda name: takes(name, "labels_B", "targets_BK"))
+@over(lambda name: takes(name, "labels_B", "targets_BK", "mask_BHW"))
 def test_a_batch_without_labels_has_loss_zero_and_zero_gradient(variant: Variant) -> None:
     student_BK, teacher_BK = random_pair(0, 4, 5)
     loss = loss_of(variant, student_BK.requires_grad_(), teacher_BK, torch.full((4,), -1))
@@ -118,7 +121,7 @@ def test_a_loss_has_a_gradient_for_a_teacher_that_ran_in_inference_mode(variant:
     assert student_BK.grad is not None
 
 
-@over(lambda name: name != "similarity" and takes(name, "teacher_BK", "teacher_BD", "teacher_maps"))
+@over(lambda name: name != "similarity" and takes(name, "teacher_BK", "teacher_BD", "teacher_maps", "teacher_BKhw"))
 @pytest.mark.parametrize(("num_student", "num_teacher"), [(10, 100), (7, 1)], ids=["other width", "broadcastable"])
 def test_student_and_teacher_of_different_shapes_are_refused(
     variant: Variant, num_student: int, num_teacher: int
