@@ -1,6 +1,6 @@
 """``make bench``: ratios against a baseline of the same run; seconds alone mean little on a shared machine.
 
-``python -m tests.benchmarks NAME…`` runs some of them.
+``python -m tests.benchmarks NAME…`` runs some of them. Those of hours run only if they are named.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from tests.benchmarks import (
     build,
     bytes_a_row,
     decoders,
+    encoding_students,
     eval_view,
     event_costs,
     fan_out,
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "bytes_a_row": ("Bytes a row by encoding", bytes_a_row.run, CIFAR),
     "decoders": ("JPEG decoders", decoders.run, None),
     "eval_view": ("Eval views against timm's eval transform", eval_view.run, SHARED),
+    "encoding_students": ("Students of encodings at equal bytes", encoding_students.run, CIFAR),
     "event_costs": ("Log lines, counters and metrics of a part", event_costs.run, None),
     "fan_out": ("Ray tasks over 10,000 tiny parts", fan_out.run, None),
     "fidelity": ("Fidelity of stored logits", fidelity.run, CIFAR),
@@ -57,8 +59,10 @@ BENCHMARKS = {
     "view_options": ("Options of views", view_options.run, SHARED),
 }
 
+LONG = {"encoding_students"}
+
 if __name__ == "__main__":
-    names = sys.argv[1:] or [*BENCHMARKS]
+    names = sys.argv[1:] or [name for name in BENCHMARKS if name not in LONG]
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise SystemExit(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     print(f"{machine()}; median (quartiles)")

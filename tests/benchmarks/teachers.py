@@ -37,7 +37,7 @@ BENCH = Path(__file__).resolve().parents[2] / "runs" / "bench"
 _NUM_PSEUDO = 1000
 _CROPS = {"kind": "crop", "size": 32, "area": [0.4, 1.0], "crop_fraction": 1.0}
 _VIEWS = {"clean": {"kind": "eval", "size": 32, "crop_fraction": 1.0}, "mixed": {**_CROPS, "kind": "function_matching"}}
-_INPUT = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
+INPUT = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,11 @@ class BenchTeacher:
         name = f"{self.name}-{views}-embeddings"
         cache = _cache(self, name, CIFAR / "train-{00000..00001}.tar", _VIEWS[views], embeddings="fp32")
         return np.concatenate([cache.view(shard.shard_id, 0).decoded("embedding") for shard in cache.shards])
+
+
+def stored_crops(teacher: BenchTeacher, name: str, shards: Path, num_views: int, *, seed: int = 0) -> TeacherCache:
+    """Crops of CIFAR-10 images and the fp32 logits of a teacher for them."""
+    return _cache(teacher, f"{teacher.name}-{name}", shards, {**_CROPS, "count": num_views, "seed": seed})
 
 
 def ten_classes() -> BenchTeacher:
@@ -94,7 +99,7 @@ def _trunk(teacher: BenchTeacher) -> Path:
 def _trained(
     name: str, data: dict[str, Any], views: dict[str, Any], *, epochs: int, weights: str = "random"
 ) -> BenchTeacher:
-    section = {"model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 20}, **_INPUT}
+    section = {"model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 20}, **INPUT}
     run = BENCH / name
     config = Config.model_validate(
         {
