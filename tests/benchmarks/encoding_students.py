@@ -1,6 +1,6 @@
 """Students of each encoding at equal bytes: trained on stored logits of the teacher of 1000 pseudo-classes.
 
-A ResNet-8 learns from ``kd`` at T = 1 alone, on crops of half of the CIFAR-10 images. All students of a seed have the
+A ResNet-8, which sees crops at half their size, learns from ``kd`` at T = 1 alone, on half of the CIFAR-10 images. All students of a seed have the
 same initial weights and the same batches, and differ in the encoding only. They are compared with the teacher on other
 crops of images that they have not seen: the share of crops where both predict the same class, the calibration error
 under labels that the teacher's probabilities draw (0 for a student with its probabilities), and the KL divergence.
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from pipeline.augment.pixels import apply_view, to_input
 from pipeline.cache.format.codec import RowIdentity, decode, encode, row_bytes, stored_outputs
@@ -205,8 +206,7 @@ def _trained(series: Series, crops: Crops, kind: str, seed: int) -> torch.nn.Mod
 
 def _forward(network: torch.nn.Module, pixels_BCHW: Tensor) -> Tensor:
     pixels = pixels_BCHW.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        return network(to_input(pixels, mean_C=_MEAN_C, std_C=_STD_C)).float()
+    return network(avg_pool2d(to_input(pixels, mean_C=_MEAN_C, std_C=_STD_C), 2))
 
 
 @torch.inference_mode()

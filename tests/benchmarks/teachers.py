@@ -31,7 +31,7 @@ from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import Members, pack_shards
 from pipeline.student.run.checkpoint import LAST
 from schemas.config import Config, DataConfig
-from tests.benchmarks.timing import CIFAR
+from tests.benchmarks.timing import CIFAR, has_fast_bf16
 
 BENCH = Path(__file__).resolve().parents[2] / "runs" / "bench"
 _NUM_PSEUDO = 1000
@@ -115,7 +115,7 @@ def _trained(
                 "warmup_steps": 200,
                 "weight_decay": 0.05,
                 "clip_norm": 1.0,
-                "precision": "bf16",
+                "precision": "bf16" if has_fast_bf16() else "fp32",
                 "eval_every_epochs": 0,
             },
             "run": {"url": str(run)},
