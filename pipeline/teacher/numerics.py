@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,28 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Autocast for the forward pass of a ``precision``; disabled for fp32."""
     dtype = _AUTOCAST_DTYPES.get(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def precision_warnings(device: torch.device, precisions: Mapping[str, Precision]) -> list[str]:
+    """One line for each precision below fp32 that this CPU has no instructions for.
+
+    Args:
+        precisions: by their YAML keys.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return []
+    # The condition under which torch passes a convolution to oneDNN.
+    is_fast = {
+        "fp32": True,
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return [
+        f"{key} is {precision}, which this CPU emulates: a convolution can take ten times as long as in fp32; "
+        f"set {key}=fp32, or use a GPU or a CPU with instructions for {precision}"
+        for key, precision in precisions.items()
+        if not is_fast[precision]
+    ]
 
 
 def numeric_env(device: torch.device, *, batch_size: int) -> dict[str, object]:

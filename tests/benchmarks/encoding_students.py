@@ -1,9 +1,10 @@
 """Students of each encoding at equal bytes: trained on stored logits of the teacher of 1000 pseudo-classes.
 
-A ResNet-8, which sees crops at half their size, learns from ``kd`` at T = 1 alone, on half of the CIFAR-10 images. All students of a seed have the
-same initial weights and the same batches, and differ in the encoding only. They are compared with the teacher on other
-crops of images that they have not seen: the share of crops where both predict the same class, the calibration error
-under labels that the teacher's probabilities draw (0 for a student with its probabilities), and the KL divergence.
+A ResNet-8, which sees crops at half their size, learns from ``kd`` at T = 1 alone, on half of the CIFAR-10 images. All
+students of a seed have the same initial weights and the same batches, and differ in the encoding only. They are
+compared with the teacher on other crops of images that they have not seen: the share of crops where both predict the
+same class, the calibration error under labels that the teacher's probabilities draw (0 for a student with its
+probabilities), and the KL divergence.
 
 A training takes about a minute. Its figures are stored in ``runs/bench/encoding_students``, so a call that is stopped
 continues. ``replace`` is sampling with replacement (Sparse Logit Sampling, ACL 2025), granted the best code of sorted

@@ -19,7 +19,7 @@ from pipeline.models.load import require_weights
 from pipeline.models.weights import weights_read_errors
 from pipeline.tasks import network_keys, task_of
 from pipeline.teacher.inference import Teacher, load_teacher
-from pipeline.teacher.numerics import check_gpu, pick_device, pin_numerics, visible_gpus
+from pipeline.teacher.numerics import check_gpu, pick_device, pin_numerics, precision_warnings, visible_gpus
 from schemas.cache_format import Header
 from schemas.config import CacheConfig, Config, TeacherConfig
 
@@ -122,7 +122,7 @@ def _check_tokens(teacher: TeacherConfig, cache: CacheConfig) -> None:
 def prepare(config: Config) -> tuple[str, ...]:
     """Loads the teacher and claims the cache: the first step of every build, before any work.
 
-    Returns notes for the user about how the teacher's weights were read.
+    Returns notes for the user about how the teacher's weights were read, and about its precision.
 
     Raises:
         CacheError: the cache was started with a different teacher, plan, encoding or source of class means.
@@ -136,7 +136,8 @@ def prepare(config: Config) -> tuple[str, ...]:
         store_means(context.cache.url, context.imported)
     if context.head is not None:
         store_head(context.cache.url, context.head)
-    return context.teacher.loaded.notes
+    slow = precision_warnings(context.teacher.device, {"teacher.precision": config.teacher.precision})
+    return (*context.teacher.loaded.notes, *slow)
 
 
 def current_context(config: Config) -> BuildContext:

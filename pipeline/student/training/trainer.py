@@ -23,8 +23,8 @@ from pipeline.student.training.setup import BuiltStudent, TrainingSetup, prepare
 from pipeline.student.training.torch_switches import demand_workspace, deterministic
 from pipeline.student.training.train_step import TrainStep
 from pipeline.student.training.validator import Validator
-from pipeline.teacher.numerics import pin_numerics, retain_freed_memory
-from schemas.config import Config
+from pipeline.teacher.numerics import pin_numerics, precision_warnings, retain_freed_memory
+from schemas.config import Config, Precision
 
 FLUSH_STEPS = 50
 """Steps between two checks of losses and weights, each of which waits for the device."""
@@ -313,6 +313,10 @@ def _start_warnings(setup: TrainingSetup, validator: Validator) -> list[str]:
     texts += [] if setup.row_weights is None else [setup.row_weights.warning()]
     texts += [note for teacher in setup.supervision.teachers for note in teacher.loaded.notes]
     texts += _layout_warnings(setup.student)
+    online = config.teacher.models if config.teacher.mode == "online" else {}
+    precisions: dict[str, Precision] = {"train.precision": config.train.precision}
+    precisions |= {f"{section}.precision": teacher.precision for section, teacher in online.items()}
+    texts += precision_warnings(setup.distributed.device, precisions)
     for cache in setup.spec.caches:
         texts += fidelity_warnings(cache.header, cache.manifest.statistics, config.loss)
     texts += loss_warnings(config, setup.spec, source, setup.supervision.class_counts, world_size=world_size)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,14 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import LostGpuError, ResourceError
 from pipeline.teacher.inference import Teacher, load_teacher
-from pipeline.teacher.numerics import check_gpu, numeric_env, pick_device, pin_numerics, visible_gpus
+from pipeline.teacher.numerics import (
+    check_gpu,
+    numeric_env,
+    pick_device,
+    pin_numerics,
+    precision_warnings,
+    visible_gpus,
+)
 from pipeline.teacher.rendering import Mixing
 from schemas.config import TeacherConfig
 from tests.pipeline.cache import teachers
@@ -198,3 +207,12 @@ def test_the_error_for_a_single_row_beyond_memory_has_no_batch_size(monkeypatch:
     assert (caught.value.code, caught.value.expected) == ("model.out-of-memory", "memory for a single row")
     assert "a smaller views.size" in str(caught.value.next_step)
     assert "set teacher.batch_size" not in str(caught.value)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+def test_a_precision_that_the_cpu_emulates_has_a_warning():
+    flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+    has_bf16 = {"avx512vl", "avx512bw", "avx512dq"} <= flags or "avx_ne_convert" in flags
+    precisions = {"teacher.precision": "fp32", "train.precision": "bf16"}
+    assert [text.partition(" ")[0] for text in precision_warnings(CPU, precisions)] == ["train.precision"][has_bf16:]
+    assert precision_warnings(torch.device("cuda"), precisions) == []
