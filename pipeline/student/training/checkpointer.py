@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.augment.stored_pixels import encoder_environment, other_encoder
 from pipeline.core.errors import ConfigError
 from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
@@ -54,6 +55,8 @@ class Checkpointer:
         self._run_url, self._order, self._config = setup.run_url, setup.order, setup.config
         self._student, self._optimizer_step = setup.student.module, setup.optimizer_step
         self._metrics, self._untrained = metrics_of(setup.spec.data, setup.config.train.best), sorted(setup.untrained)
+        # A cache has the views that its build encoded; other trainings encode their views themselves.
+        self._encoder = {} if setup.spec.caches else encoder_environment(setup.spec.student_plan)
 
     def save(self, progress: Progress, *names: str) -> None:
         """Replaces the checkpoints of these names, in this order."""
@@ -76,6 +79,7 @@ class Checkpointer:
             "best": None if progress.best is None else asdict(progress.best),
             "seconds": progress.seconds,
             "order": self._order_id(),
+            **self._encoder,
             **input_transform(evaluated),
         }
 
@@ -89,7 +93,7 @@ class Checkpointer:
         """Loads the last checkpoint into the networks and the optimizer; without one, nothing changes.
 
         Raises:
-            ConfigError: the checkpoint is of another order of training.
+            ConfigError: the checkpoint is of another order of training, or its views of another encoder.
             CacheError: the checkpoint is damaged.
         """
         state = checkpoint.load(self._run_url, checkpoint.LAST)
@@ -102,6 +106,14 @@ class Checkpointer:
                 where=redact(self._run_url),
                 got="other shards, or other rows in them, than when the run was begun",
                 next_step="restore the shards and their index, or choose another run.url",
+            )
+        if self._encoder and (reason := other_encoder(state)) is not None:
+            raise ConfigError(
+                "the views of this run would change",
+                code="run.other-encoder",
+                where=redact(self._run_url),
+                got=reason,
+                next_step="install the version that began the run, or choose another run.url",
             )
         self._optimizer_step.evaluated.network.load_state_dict(state["model"])
         if state["raw"] is not None:

@@ -197,6 +197,31 @@ def test_a_run_on_a_node_to_be_preempted_saves_before_its_next_checkpoint(
     assert metrics(tmp_path / "preempted") == metrics(tmp_path / "straight")
 
 
+def test_a_run_that_encodes_its_views_resumes_with_its_encoder_alone(
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version is simulated by its name; a cached run reads what the build encoded."""
+    base = replays("jpeg").config
+    for mode, refused in (("online", True), ("cache", False)):
+        config = run_config(base, tmp_path / mode, mode=mode, train={"epochs": 2})
+        index_shards(config, tmp_path / mode / "index")
+
+        def die(event: Event) -> None:
+            if event.get("step") == 8:
+                raise ProcessKilledError
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.augment.stored_pixels.ENCODER", "torchvision 0.1")
+            patch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 2)
+            with pytest.raises(ProcessKilledError):
+                train(config, DistributedContext(), die)
+        if refused:
+            with raises("run.other-encoder"):
+                run(config)
+        else:
+            assert resumed_at(run(config)) == 5
+
+
 def dies_at(function: Any, number: int) -> Any:
     """The function, but at its n-th call the process ends before it does anything."""
     calls = count(1)
