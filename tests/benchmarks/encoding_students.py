@@ -35,12 +35,12 @@ from pipeline.shards.tar import read_samples
 from pipeline.student.losses.kd import kd
 from pipeline.tasks import OutputSpec
 from schemas.config import DataConfig
-from tests.benchmarks.teachers import BENCH, INPUT, stored_crops, thousand_classes
+from tests.benchmarks.teachers import BENCH, INPUT, BenchTeacher, stored_crops, thousand_classes
 from tests.benchmarks.timing import CIFAR
 
 NUM_CLASSES, BATCH, LR, WARMUP_STEPS, ECE_BINS = 1000, 125, 0.004, 40, 15
-TRAIN_VIEWS, EVAL_VIEWS, EVAL_SEED = 50, 4, 1
-"""Views of a row that are stored once, and used by both series; those of the images for evaluation."""
+EVAL_VIEWS, EVAL_SEED = 4, 1
+"""Of the images for evaluation."""
 BASELINE, REPLACE = "fp32", "replace"
 _ABSENT = -1000.0
 _MEAN_C, _STD_C = (torch.tensor(INPUT[name]) for name in ("mean", "std"))
@@ -50,26 +50,26 @@ Matrix = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Students of some views of some images, each of which they see twice, or once if there are 50.
+    """Students of some views of the images of the first shards.
 
     Attributes:
         seeds: number of seeds by encoding.
     """
 
     num_views: int
-    num_images: int
+    num_shards: int
     epochs: int
     seeds: dict[str, int]
 
 
 SERIES = (
     Series(
-        10,
-        5000,
-        20,
-        {
-            BASELINE: 30,
-            "sampled:17@1": 30,
+        num_views=10,
+        num_shards=5,
+        epochs=20,
+        seeds={
+            BASELINE: 20,
+            "sampled:17@1": 20,
             "topk:16": 10,
             REPLACE: 10,
             "sampled:40@1": 10,
@@ -78,7 +78,7 @@ SERIES = (
             "topk:86": 10,
         },
     ),
-    Series(50, 2000, 50, {BASELINE: 10, "sampled:17@1": 10, "topk:16": 6, REPLACE: 6}),
+    Series(num_views=50, num_shards=2, epochs=50, seeds={BASELINE: 6, "sampled:17@1": 6, "topk:16": 6, REPLACE: 6}),
 )
 
 
@@ -113,26 +113,26 @@ class Crops:
 
 def run() -> None:
     teacher = thousand_classes()
-    train = Crops.read(
-        stored_crops(teacher, "students-train", CIFAR / "train-{00000..00004}.tar", TRAIN_VIEWS), TRAIN_VIEWS
-    )
     held_out = [
-        Crops.read(stored_crops(teacher, f"students-{name}", CIFAR / shards, EVAL_VIEWS, seed=EVAL_SEED), EVAL_VIEWS)
+        _crops(teacher, name, shards, EVAL_VIEWS, seed=EVAL_SEED)
         for name, shards in (("rest", "train-{00005..00009}.tar"), ("val", "val-{00000..00001}.tar"))
     ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for series in SERIES:
-        path = BENCH / "encoding_students" / f"{series.num_views}-{series.num_images}-{series.epochs}.jsonl"
-        figures = _train_missing(series, train, held_out, path)
+        name, shards = f"{series.num_views}-views", f"train-{{00000..{series.num_shards - 1:05}}}.tar"
+        figures = _train_missing(series, _crops(teacher, name, shards, series.num_views), held_out)
         _print_table(series, figures)
     torch.set_num_threads(threads)
 
 
-def _train_missing(
-    series: Series, train: Crops, held_out: Sequence[Crops], path: Path
-) -> dict[str, dict[int, dict[str, float]]]:
+def _crops(teacher: BenchTeacher, name: str, shards: str, num_views: int, *, seed: int = 0) -> Crops:
+    return Crops.read(stored_crops(teacher, f"students-{name}", CIFAR / shards, num_views, seed=seed), num_views)
+
+
+def _train_missing(series: Series, train: Crops, held_out: Sequence[Crops]) -> dict[str, dict[int, dict[str, float]]]:
     """Figures by encoding and seed, of all trainings of a series."""
+    path = BENCH / "encoding_students" / f"{series.num_views}-views.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     figures: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in series.seeds}
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -157,7 +157,7 @@ def _targets(kind: str, crops: Crops, view: int) -> Matrix:
     if kind == REPLACE:
         return _drawn_with_replacement(logits_NK, _num_draws(_num_bytes("sampled:17@1")), view)
     (output,) = stored_outputs([OutputSpec("logits", (NUM_CLASSES,), kind)])
-    rows = RowIdentity(crops.sample_ids[: len(logits_NK)], view)
+    rows = RowIdentity(crops.sample_ids, view)
     return decode(encode(logits_NK, output, identity=rows), output, temperature=1.0)
 
 
@@ -184,21 +184,21 @@ def _trained(series: Series, crops: Crops, kind: str, seed: int) -> torch.nn.Mod
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     network = resnet(NUM_CLASSES, depth=8).to(memory_format=torch.channels_last).train()
-    num_steps = series.epochs * math.ceil(series.num_images / BATCH)
+    num_steps = series.epochs * math.ceil(len(crops.sample_ids) / BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1, step / num_steps))),
     )
-    subset = Crops(
-        crops.sample_ids, crops.pixels_VNCHW[:, : series.num_images], crops.logits_VNK[:, : series.num_images]
+    crops = Crops(
+        crops.sample_ids, crops.pixels_VNCHW[:, : len(crops.sample_ids)], crops.logits_VNK[:, : len(crops.sample_ids)]
     )
     for epoch in range(series.epochs):
         view = epoch % series.num_views
-        targets_NK = torch.from_numpy(_targets(kind, subset, view))
-        for rows_B in torch.from_numpy(rng.permutation(series.num_images)).split(BATCH):
+        targets_NK = torch.from_numpy(_targets(kind, crops, view))
+        for rows_B in torch.from_numpy(rng.permutation(len(crops.sample_ids))).split(BATCH):
             optimizer.zero_grad()
-            logits_BK = _forward(network, subset.pixels_VNCHW[view, rows_B])
+            logits_BK = _forward(network, crops.pixels_VNCHW[view, rows_B])
             kd(logits_BK, targets_NK[rows_B], temperature=1.0).backward()
             optimizer.step()
             schedule.step()
@@ -235,9 +235,7 @@ def _measure(network: torch.nn.Module, held_out: Sequence[Crops]) -> dict[str, f
 
 
 def _print_table(series: Series, figures: dict[str, dict[int, dict[str, float]]]) -> None:
-    print(
-        f"  {series.num_views} views of {series.num_images} images, {series.epochs} epochs; 95 % intervals over seeds"
-    )
+    print(f"  {series.num_views} views of {series.num_shards},000 images, {series.epochs} epochs; ± 95 % over seeds")
     baseline = figures[BASELINE]
     for kind, by_seed in figures.items():
         cells = [f"{kind:<14}{_num_bytes(kind):>6} bytes, {len(by_seed)} seeds"]
