@@ -208,7 +208,9 @@ class Statistics(Record):
     pearson_sum: dict[str, float] = Field(
         default_factory=dict, description="1 - correlation of the probabilities at T, summed over the sampled rows."
     )
-    argmax_flips: int = 0
+    argmax_flips: int | float = Field(
+        default=0, description="Rows with another largest class; of maps the share of such positions, summed over rows."
+    )
     embedding_cosine_sum: float = 0.0
     token_cosine_sum: float = Field(
         default=0.0,

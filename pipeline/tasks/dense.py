@@ -13,6 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.tasks.boxes import BadBoxesError, Boxes, check_boxes, parse_boxes
+from pipeline.tasks.confusion import MASK, ConfusionRecount, ConfusionSum, confusion_of, segmentation_metrics
 from pipeline.tasks.masks import BadMaskError, check_mask, decode_mask, mask_of_view
 from pipeline.tasks.task import (
     LOGITS,
@@ -29,8 +30,8 @@ from pipeline.tasks.task import (
 from schemas.cache_format import Statistics
 from schemas.config import CacheConfig
 
-MASK = "mask"
-"""The target of a view of segmentation."""
+# Of most networks for segmentation.
+_GRID = 8
 OFFSET, SIZE, HASH = "target_offset", "target_size", "target_hash"
 
 
@@ -77,6 +78,7 @@ class DenseTask(Task):
     max_bytes = 64 << 20
     required_keys = ("data.num_classes",)
     has_networks = False
+    embedding = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -152,10 +154,10 @@ class DenseTask(Task):
         del cache, widths
         return ()
 
-    def accumulate(self) -> NoStatistics:
+    def accumulate(self) -> StatisticsAccumulator:
         return NoStatistics()
 
-    def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> NoStatistics:
+    def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> Recount:
         del targets, mix_group, outputs
         return NoStatistics()
 
@@ -234,6 +236,38 @@ class Segmentation(DenseTask):
         if target is None:
             return np.full(size, self.ignore, self._mask_type)
         return mask_of_view(target, box, flip, size, ignore=self.ignore)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {LOGITS: "map"}
+
+    def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
+        return (OutputSpec(LOGITS, (widths[LOGITS],), cache.logits),) if LOGITS in widths else ()
+
+    def grid(self, stride: int | None) -> int | None:
+        return stride or _GRID
+
+    @property
+    def default_logits(self) -> str:
+        return "int8"
+
+    @property
+    def statistics_fields(self) -> tuple[str, ...]:
+        return ("labelled", "sums")
+
+    @property
+    def statistics_outputs(self) -> tuple[str, ...]:
+        return (LOGITS,)
+
+    def accumulate(self) -> ConfusionSum:
+        return ConfusionSum(self.num_labels)
+
+    def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> ConfusionRecount:
+        del mix_group
+        return ConfusionRecount(self.has_target(targets), self.num_labels, has_logits=LOGITS in outputs)
+
+    def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
+        return segmentation_metrics(confusion_of(statistics, self.num_labels))
 
     @property
     def _mask_type(self) -> np.dtype[Any]:

@@ -146,7 +146,7 @@ class WithDomain(Task):
     default_member = cast("str", property(attrgetter("base.default_member")))
     trains_on_targets = cast("bool", property(attrgetter("base.trains_on_targets")))
     view_target = cast("str | None", property(attrgetter("base.view_target")))
-    embedding = cast("str", property(attrgetter("base.embedding")))
+    embedding = cast("str | None", property(attrgetter("base.embedding")))
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> WithDomain:
@@ -265,6 +265,9 @@ class WithDomain(Task):
 
     def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
         return self.base.outputs(cache, widths)
+
+    def grid(self, stride: int | None) -> int | None:
+        return self.base.grid(stride)
 
     @property
     def default_logits(self) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.tasks.view_geometry import grid_size
 from schemas.cache_format import Statistics
-from schemas.config import CacheConfig
+from schemas.config import CacheConfig, Size
 
 LABEL, LOGITS = "label", "logits"
 """The target column and the output of a head without a name; those of others end in ``_NAME`` and ``.NAME``."""
@@ -201,8 +202,9 @@ class Task(ABC):
     view_target: ClassVar[str | None] = None
     """The name of the target of a view, of tasks whose targets are at places of an image: ``target_of_view``. None: a
     view has the target of its sample, which is in ``columns``."""
-    embedding: ClassVar[str] = EMBEDDING
-    """The output that ``embedding_norm`` of a part is the norm of, and that class means average."""
+    embedding: ClassVar[str | None] = EMBEDDING
+    """The output that ``embedding_norm`` of a part is the norm of, and that class means average; None: there is none,
+    and the norm is 0."""
 
     @classmethod
     @abstractmethod
@@ -368,11 +370,21 @@ class Task(ABC):
 
     @abstractmethod
     def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
-        """What a cache with this config stores for each row.
+        """What a cache with this config stores for each row; of a task with a ``grid``, for a position of a row.
 
         Args:
             widths: of a teacher's outputs, by name; an output whose width is unknown is left out.
         """
+
+    def grid(self, stride: int | None) -> int | None:
+        """How many pixels of a view, along an axis, a position of the stored logits stands for; None: the logits of the
+        task have no positions.
+
+        Args:
+            stride: ``cache.grid``; None: the default of the task.
+        """
+        del stride
+        return None
 
     @property
     def default_logits(self) -> str:
@@ -384,8 +396,9 @@ class Task(ABC):
     def roles(self) -> dict[str, str]:
         """The role of each output that this version reads, by its name; a reader ignores the others of a cache.
 
-        The fidelity of encodings is measured by role: ``class``, logits of a softmax; ``embedding``, a vector that is
-        compared by its direction. That of outputs with another role is not measured.
+        The fidelity of encodings is measured by role: ``class``, logits of a softmax; ``map``, such logits at every
+        position; ``embedding``, a vector that is compared by its direction. That of outputs with another role is not
+        measured.
         """
 
     @abstractmethod
@@ -411,14 +424,24 @@ class Task(ABC):
 
 
 def planned_outputs(
-    task: Task, cache: CacheConfig, widths: Mapping[str, int], *, tokens: tuple[int, int] | None
+    task: Task,
+    cache: CacheConfig,
+    widths: Mapping[str, int],
+    *,
+    tokens: tuple[int, int] | None,
+    size: Size | None = None,
 ) -> tuple[OutputSpec, ...]:
-    """``task.outputs``, and after them the patch tokens, which do not depend on the task.
+    """``task.outputs``, of a task with a ``grid`` as maps [K,h,w], and after them the patch tokens, which do not depend
+    on the task.
 
     Args:
         tokens: (P, D); None: unknown, or the teacher computes none.
+        size: height and width of the views; None: unknown, and maps have a single position.
     """
-    outputs = task.outputs(cache, widths)
+    outputs, stride = task.outputs(cache, widths), task.grid(cache.grid)
+    if stride is not None:
+        grid = (1, 1) if size is None else grid_size(size, stride)
+        outputs = tuple(replace(spec, shape=(*spec.shape, *grid)) for spec in outputs)
     return outputs if tokens is None else (*outputs, OutputSpec(TOKENS, tokens, cache.tokens))
 
 

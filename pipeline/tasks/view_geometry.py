@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from schemas.config import Size, height_width
+
 
 def num_visible(start: int, length: int, num: int, limit: int) -> int:
     """How many of the ``num`` pixels along an axis of a view show the original, the first ones; at least one, which
@@ -29,6 +31,16 @@ def source_positions(start: int, length: int, num: int, limit: int) -> NDArray[n
     """The pixel of the original that each visible pixel shows: [``num_visible``]."""
     at_M = np.arange(num_visible(start, length, num, limit), dtype=np.int64)
     return np.minimum(start + (2 * at_M + 1) * length // (2 * num), limit - 1)
+
+
+def grid_size(size: Size, stride: int) -> tuple[int, int]:
+    """Height and width of the grid of a view, one position for each ``stride`` pixels; the last ones may have fewer.
+
+    Args:
+        size: height and width of the view.
+    """
+    height, width = height_width(size)
+    return -(-height // stride), -(-width // stride)
 
 
 def visible_size(box: Sequence[int], size: tuple[int, int], original: tuple[int, int]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from pipeline.augment.pixels import to_input
 from pipeline.core.errors import ResourceError, first_line
 from pipeline.models import LoadedModel, forward_with_maps, load_model, move_to_device, register_map_hooks
 from pipeline.tasks import TOKENS, TeacherOutputs
+from pipeline.teacher.maps import MapGrid, map_sizes
 from pipeline.teacher.numerics import autocast
 from pipeline.teacher.rendering import GroupViews, Mixing
 from pipeline.teacher.tokens import TokenPlan, TokenRequest
@@ -26,6 +27,10 @@ class Teacher:
 
     Args:
         tokens: of which layer it returns the patch tokens; None: it returns none.
+        grid: to which its maps are brought; None: it returns none.
+
+    Attributes:
+        map_sizes: height and width of the network's maps before that, by name of the output, after a forward.
     """
 
     def __init__(
@@ -36,12 +41,14 @@ class Teacher:
         precision: Precision,
         batch_size: int,
         tokens: TokenPlan | None = None,
+        grid: MapGrid | None = None,
     ) -> None:
         self.loaded = loaded
         self.device = device
         self.precision: Precision = precision
         self.batch_size = batch_size
-        self.tokens = tokens
+        self.tokens, self.grid = tokens, grid
+        self.map_sizes: dict[str, tuple[int, int]] = {}
         self._token_maps = () if tokens is None else (tokens.feature_map,)
         if tokens is not None:
             register_map_hooks(loaded.module.network, self._token_maps)
@@ -76,6 +83,9 @@ class Teacher:
         with autocast(self.device, self.precision):
             outputs, maps = forward_with_maps(self._token_maps, self.module, images_BCHW)
         named = {name: tensor.float() for name, tensor in outputs.items()}
+        if self.grid is not None:
+            self.map_sizes = map_sizes(named)
+            named = self.grid.apply(named)
         return named if self.tokens is None else {**named, TOKENS: self.tokens.tokens(*maps)}
 
     def infer(self, pixels_NCHW: Tensor, mixing: Mixing | None = None) -> TeacherOutputs:
@@ -167,6 +177,7 @@ def load_teacher(
     device: torch.device,
     where: str = "teacher",
     tokens: TokenRequest | None = None,
+    grid: int | None = None,
 ) -> Teacher:
     """The teacher of a config on a device.
 
@@ -174,13 +185,17 @@ def load_teacher(
         widths: as in ``load_model``.
         where: YAML section of ``config``, for messages.
         tokens: None: without patch tokens.
+        grid: pixels of the input, along an axis, for each position of its maps; None: it returns none.
 
     Raises:
         ConfigError, ModelError, StorageInputError: as in ``load_model`` and ``TokenRequest.plan``.
     """
     loaded = load_model(config, widths=widths, size=size, where=where)
     plan = None if tokens is None else tokens.plan(loaded)
-    return Teacher(loaded, device=device, precision=config.precision, batch_size=config.batch_size, tokens=plan)
+    maps = MapGrid.of(grid, loaded.input.size)
+    return Teacher(
+        loaded, device=device, precision=config.precision, batch_size=config.batch_size, tokens=plan, grid=maps
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ Memory holds mix group x views of a block, never the rows of a shard: each view 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -98,6 +98,7 @@ class GroupViews:
     Attributes:
         pixels_VNCHW: what the networks see, before mixing.
         encoded_VN: the same pixels as JPEG, of a plan that encodes with loss.
+        view_targets_VN: the targets of the views by the task's name for them, of tasks that have such.
     """
 
     shard_id: str
@@ -112,6 +113,11 @@ class GroupViews:
     aug_params_VN: dict[str, NDArray[Any]]
     pixels_VNCHW: Tensor
     encoded_VN: list[list[bytes]] | None = None
+    view_targets_VN: Mapping[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
+
+    def targets_of(self, position: int) -> Targets:
+        """Targets of the samples, and of their views at this position."""
+        return {**self.targets, **{name: values_VN[position] for name, values_VN in self.view_targets_VN.items()}}
 
     @property
     def mixes(self) -> bool:
@@ -132,13 +138,15 @@ class GroupViews:
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """The status of one candidate; width and height in pixels, 0 unless ok; its views as JPEG, if they are encoded."""
+    """The status of one candidate; width and height in pixels, 0 unless ok; its views as JPEG, if they are encoded, and
+    their targets, if views have such."""
 
     status: Status
     width: int = 0
     height: int = 0
     reason: str | None = None
     encoded_V: tuple[bytes, ...] = ()
+    targets_V: tuple[NDArray[Any], ...] = ()
 
 
 class _Row(NamedTuple):
@@ -147,6 +155,7 @@ class _Row(NamedTuple):
     sample: Sample
     params: ViewParams
     encoded_V: tuple[bytes, ...]
+    targets_V: tuple[NDArray[Any], ...]
 
 
 def indexed_samples(
@@ -275,7 +284,7 @@ def _render_chunk(
                 next_step="use the decoder versions that built the index",
             )
         if outcome.status == "ok":
-            good[row] = _Row(sample, params[row], outcome.encoded_V)
+            good[row] = _Row(sample, params[row], outcome.encoded_V, outcome.targets_V)
     if len(good) < len(chunk):
         free_VMHWC[:, : len(good)] = free_VMHWC[:, [*good]]
     return [*good.values()]
@@ -330,7 +339,18 @@ def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: R
         )
         views_VHWC[view].copy_(view_CHW.permute(1, 2, 0))
         encoded_V += [] if encoded is None else [encoded]
-    return _Rendered("ok", width, height, encoded_V=tuple(encoded_V))
+    targets_V = _targets_of_views(sample, params, rendering)
+    return _Rendered("ok", width, height, encoded_V=tuple(encoded_V), targets_V=targets_V)
+
+
+def _targets_of_views(sample: Sample, params: ViewParams, rendering: Rendering) -> tuple[NDArray[Any], ...]:
+    task, size = rendering.task, height_width(rendering.size)
+    if task.view_target is None:
+        return ()
+    data = task.target_data(sample.target)
+    target = None if data is None else task.decode_target(data)
+    views = zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True)
+    return tuple(task.target_of_view(target, box, flip, size) for box, flip in views)
 
 
 def _assemble(
@@ -365,6 +385,9 @@ def _assemble(
         encoded_VN=None
         if rendering.jpeg_quality is None
         else [*map(list, zip(*(row.encoded_V for row in rendered), strict=True))],
+        view_targets_VN={}
+        if rendering.task.view_target is None
+        else {rendering.task.view_target: np.stack([np.stack(row.targets_V) for row in rendered], axis=1)},
     )
 
 

@@ -22,7 +22,7 @@ class CacheConfig(Section):
         "auto",
         description="fp32, fp16, int8, int8t, int4, topk:k, sampled:n@T or none: encoding of the logits; task "
         "embedding: none. auto: that of an existing cache; of a new one int8t from 256 classes, below that and with "
-        "several heads fp16. head: computed from the stored embedding.",
+        "several heads fp16, of maps int8. head: computed from the stored embedding.",
     )
     embeddings: Literal["fp32", "fp16", "int8", "none"] = Field(
         "none", description="Encoding of the penultimate embedding; default of task embedding: fp16."
@@ -32,6 +32,13 @@ class CacheConfig(Section):
     )
     tokens_grid: int | None = Field(
         None, ge=1, description="Side of the grid to which tokens are pooled; null: that of the layer."
+    )
+    grid: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="task segmentation: pixels of a view, along an axis, for each position of the stored logits; "
+        "default: 8.",
     )
     class_means: str = Field(
         "none", min_length=1, description="none, eval (one extra eval pass), view0, or the URL of ND's JSON."

@@ -17,7 +17,7 @@ from pipeline.core.redaction import redact
 from pipeline.models import selected_widths
 from pipeline.models.load import require_weights
 from pipeline.models.weights import weights_read_errors
-from pipeline.tasks import network_keys, task_of
+from pipeline.tasks import network_keys, planned_outputs, task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.numerics import check_gpu, pick_device, pin_numerics, precision_warnings, visible_gpus
 from schemas.cache_format import Header
@@ -42,6 +42,13 @@ class BuildContext:
     imported: ImportedMeans | None
     gpus: str | None
     head: LinearHead | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Choices made on behalf of the user. The header's forward has shown the sizes of the teacher's maps."""
+        teacher = self.teacher
+        maps = () if teacher.grid is None else teacher.grid.notes(teacher.map_sizes, key="cache.grid")
+        return (*teacher.loaded.notes, *maps)
 
     def claimed(self) -> BuildContext:
         """Claims the cache. Every part does so, because the folder may have been emptied since the last part."""
@@ -68,7 +75,7 @@ def cache_config(config: Config) -> CacheConfig:
             got=f"{len(config.teacher.others)} more than teacher.model",
             next_step="append teacher.others=[], and build one cache for each other teacher, from one config each",
         )
-    if cache.class_means != "none" and not task.heads:
+    if cache.class_means != "none" and (task.embedding is None or not task.heads):
         raise ConfigError(
             f"class means are those of classes, and networks of task {task.name} have none",
             code="config.class-means-without-classes",
@@ -95,8 +102,17 @@ def cache_config(config: Config) -> CacheConfig:
             next_step="set data.label, or cache.class_means=none",
         )
     _check_tokens(config.teacher, cache)
-    # Fails before a teacher is loaded if an encoding needs more classes.
-    stored_outputs(task.outputs(cache, selected_widths(task.widths, config.teacher)))
+    if cache.grid is not None and task.grid(None) is None:
+        raise ConfigError(
+            f"a grid is that of maps, and the outputs of task {task.name} have no positions",
+            code="config.grid-without-maps",
+            where="cache.grid",
+            got=cache.grid,
+            expected="null",
+            next_step="remove cache.grid; that of patch tokens is cache.tokens_grid",
+        )
+    # Fails before a teacher is loaded if an encoding needs more classes, or stores no maps.
+    stored_outputs(planned_outputs(task, cache, selected_widths(task.widths, config.teacher), tokens=None))
     return cache
 
 
@@ -122,7 +138,7 @@ def _check_tokens(teacher: TeacherConfig, cache: CacheConfig) -> None:
 def prepare(config: Config) -> tuple[str, ...]:
     """Loads the teacher and claims the cache: the first step of every build, before any work.
 
-    Returns notes for the user about how the teacher's weights were read, and about its precision.
+    Returns notes for the user about how the teacher's weights were read, about its precision, and how its maps change.
 
     Raises:
         CacheError: the cache was started with a different teacher, plan, encoding or source of class means.
@@ -137,7 +153,7 @@ def prepare(config: Config) -> tuple[str, ...]:
     if context.head is not None:
         store_head(context.cache.url, context.head)
     slow = precision_warnings(context.teacher.device, {"teacher.precision": config.teacher.precision})
-    return (*context.teacher.loaded.notes, *slow)
+    return (*context.notes, *slow)
 
 
 def current_context(config: Config) -> BuildContext:
@@ -167,9 +183,11 @@ def load_context(config_json: str, stamps: tuple[str, ...]) -> BuildContext:  # 
         size=config.views.size,
         device=pick_device(config.ray.gpus_per_task > 0),
         tokens=token_request(config),
+        grid=task.grid(cache.grid),
     )
     imported = None
     if cache.class_means_url is not None:
+        assert task.embedding is not None, "class means are those of embeddings"
         imported = read_means(
             cache.class_means_url, num_classes=task.num_classes, embedding_dim=teacher.module.widths[task.embedding]
         )

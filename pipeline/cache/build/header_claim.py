@@ -31,6 +31,7 @@ from pipeline.core.errors import CacheError, ModelError
 from pipeline.core.hashing import differences, digest, seal, short_digest, weights_digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.models import LoadedModel, load_untrained
+from pipeline.models.maps import to_grid
 from pipeline.shards.index import index_settings
 from pipeline.tasks import OutputSpec, planned_outputs, task_of
 from pipeline.teacher.inference import Teacher
@@ -39,6 +40,7 @@ from schemas.cache_format import Commit, Header
 from schemas.config import CacheConfig, Config, DataConfig, Precision, ViewsConfig, height_width, size_json
 
 _NUM_PROBES = 4
+_MAP_NDIM, _PROBE_REGIONS = 4, (4, 4)
 MAX_DRIFT = {"fp32": 1e-2, "bf16": 0.15, "fp16": 0.05}
 """How far logits may differ, as a share of their standard deviation: hardware and libraries round differently, while
 another network differs by whole logits."""
@@ -54,6 +56,7 @@ def teacher_body(
     class_means: str,
     tokens: TokenPlan | None,
     head: str | None = None,
+    grid: int | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the teacher's outputs: its hash is the fingerprint.
 
@@ -61,6 +64,7 @@ def teacher_body(
         weights: the ``weights_digest``.
         class_means: as the header names them: ``none``, ``eval``, ``view0`` or ``imported:`` with a digest.
         head: SHA-256 of the file of the linear head, under ``cache.logits: head``.
+        grid: ``Task.grid``.
     """
     spec = loaded.input
     return {
@@ -78,6 +82,7 @@ def teacher_body(
         # Only with tokens, so that the fingerprints of all other caches stay.
         **({} if tokens is None else _tokens_body(cache, tokens)),
         **({} if head is None else {"head": head}),
+        **({} if grid is None else {"grid": grid}),
     }
 
 
@@ -110,6 +115,7 @@ def make_header(
     Raises:
         ModelError: the teacher's logits on the probe images are NaN or infinite.
     """
+    task, widths, spec = task_of(data), teacher.module.widths, teacher.loaded.input
     body = teacher_body(
         teacher.loaded,
         weights=weights_digest(teacher.state()),
@@ -119,8 +125,8 @@ def make_header(
         class_means=cache.class_means if imported is None else imported.mode,
         tokens=teacher.tokens,
         head=None if head is None else digest(head.to_bytes()),
+        grid=task.grid(cache.grid),
     )
-    task, widths, spec = task_of(data), teacher.module.widths, teacher.loaded.input
     specs = _specs(teacher, cache, data)
     return Header(
         views_id=str(body["views_id"]),
@@ -129,7 +135,7 @@ def make_header(
         teacher=body,
         data=index_settings(data),
         num_classes=task.num_classes,
-        embedding_dim=widths[task.embedding],
+        embedding_dim=0 if task.embedding is None else widths[task.embedding],
         outputs=stored_outputs(specs),
         probe_logits=tuple(tuple(float(value) for value in row) for row in _probe(teacher, specs[0].name)),
         pixels=None if plan.pixels == "none" else plan.pixels,
@@ -151,7 +157,8 @@ def head_of(teacher: Teacher, cache: CacheConfig, data: DataConfig) -> LinearHea
 
 def _specs(teacher: Teacher, cache: CacheConfig, data: DataConfig) -> tuple[OutputSpec, ...]:
     shape = None if teacher.tokens is None else teacher.tokens.shape
-    return planned_outputs(task_of(data), cache, teacher.module.widths, tokens=shape)
+    size = teacher.loaded.input.size
+    return planned_outputs(task_of(data), cache, teacher.module.widths, tokens=shape, size=size)
 
 
 def _probe_pixels(teacher: Teacher) -> Tensor:
@@ -166,8 +173,11 @@ def _probe_pixels(teacher: Teacher) -> Tensor:
 
 
 def _probe(teacher: Teacher, name: str) -> NDArray[np.float32]:
-    """An output for the probe images, [4,…]: it shows that the model changed while its weights did not."""
+    """An output for the probe images, [4,M]: it shows that the model changed while its weights did not. Of a map, the
+    means of 4 × 4 regions."""
     values = teacher.infer(_probe_pixels(teacher))[name]
+    if values.ndim == _MAP_NDIM:
+        values = to_grid(torch.from_numpy(values), _PROBE_REGIONS).flatten(1).numpy()
     if not np.isfinite(values).all():
         raise ModelError(
             "the teacher produces NaN or infinity on images of noise",
@@ -258,10 +268,10 @@ def check_without_weights(stored: Header, config: Config) -> None:
     """
     assert config.cache is not None
     teacher, cache = config.teacher, resolve(config, config.cache, stored)
-    size, tokens = config.views.size, token_request(config)
+    size, tokens, task = config.views.size, token_request(config), task_of(config.data)
     loaded = load_untrained(
         teacher,
-        widths=task_of(config.data).widths,
+        widths=task.widths,
         size=size,
         likely_size=size or stored.input_size,
     )
@@ -276,6 +286,7 @@ def check_without_weights(stored: Header, config: Config) -> None:
         tokens=None if tokens is None else tokens.plan(loaded),
         # The head consists of weights.
         head=head_sha256(stored) if cache.logits == "head" else None,
+        grid=task.grid(cache.grid),
     )
     _check_bodies(stored, planned_views(config.views), body, index_settings(config.data), cache.url)
 

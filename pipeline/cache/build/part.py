@@ -157,10 +157,11 @@ class PartBuild:
         for position, (view, outputs) in enumerate(zip(self.rendering.view_numbers, by_view, strict=True)):
             self._check_finite(group, view, outputs)
             writer.add(view, self.record_batch(group, position, view, outputs))
-            self.statistics.add(group, outputs, view=view)
+            self.statistics.add(group, outputs, position=position, view=view)
         if holds_class_sums(self.context.cache.class_means, self.task.block):
             self._check_labelled(group)
             task = self.rendering.task
+            assert task.embedding is not None, "class means are those of embeddings"
             rows, class_M = task.class_ids(group.targets)
             sums = sum_rows(by_view[0][task.embedding][rows], class_M)
             self.sums = sums if self.sums is None else merge([self.sums, sums])
@@ -190,7 +191,10 @@ class PartBuild:
     def record_batch(self, group: GroupViews, position: int, view: int, outputs: TeacherOutputs) -> pa.RecordBatch:
         """The rows of one view of a group, as the part stores them."""
         row_N, box_N4 = group.row_N, group.box_VN4[position]
-        norm_N = np.linalg.norm(outputs[self.rendering.task.embedding].astype(np.float64), axis=1)
+        embedding = self.rendering.task.embedding
+        norm_N = (
+            np.zeros(len(row_N)) if embedding is None else np.linalg.norm(outputs[embedding].astype(np.float64), axis=1)
+        )
         digests, means = self._canaries(group, position, view)
         columns: dict[str, object] = {
             "row": row_N,

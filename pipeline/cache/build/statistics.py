@@ -5,7 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from math import prod
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from schemas.cache_format import Header, Output, Statistics
 
 _TEMPERATURES = {str(temperature): temperature for temperature in (1.0, 2.0, 4.0)}
 _SAMPLE_ONE_IN = 64
+_MAX_POSITIONS = 4096
 
 
 @dataclass(slots=True)
@@ -34,7 +36,7 @@ class _Fidelity:
     """Fields of ``Statistics``, summed over sampled rows."""
 
     fidelity_rows: int = 0
-    argmax_flips: int = 0
+    argmax_flips: float = 0
     kl_sum: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_TEMPERATURES, 0.0))
     pearson_sum: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_TEMPERATURES, 0.0))
     embedding_cosine_sum: float = 0.0
@@ -55,6 +57,21 @@ class _Fidelity:
             self.kl_sum[key] += kl_sum(exact_NK, stored_NK, temperature)
             self.pearson_sum[key] += pearson_sum(exact_NK, stored_NK, temperature)
 
+    def add_map(self, exact: TeacherOutputs, output: Output, *_: object) -> None:
+        """Means over the positions of a row, at most ``_MAX_POSITIONS`` of them: in even steps of the raster order."""
+        exact_NKhw = exact[output.name]
+        column = encode(exact_NKhw, output)
+        step = -(-prod(output.shape[1:]) // _MAX_POSITIONS)
+        exact_MK = _positions(exact_NKhw, step)
+        share = len(exact_NKhw) / len(exact_MK)
+        for key, temperature in _TEMPERATURES.items():
+            stored_MK = _positions(decode(column, output, temperature=temperature), step)
+            if temperature == default_temperature(output):
+                flips = int((predicted_classes(exact_MK) != predicted_classes(stored_MK)).sum())
+                self.argmax_flips += flips * share
+            self.kl_sum[key] += kl_sum(exact_MK, stored_MK, temperature) * share
+            self.pearson_sum[key] += pearson_sum(exact_MK, stored_MK, temperature) * share
+
     def add_embedding(self, exact: TeacherOutputs, output: Output, *_: object) -> None:
         exact_ND = exact[output.name]
         self.embedding_cosine_sum += cosine_sum(exact_ND, decode(encode(exact_ND, output), output))
@@ -67,6 +84,7 @@ class _Fidelity:
 
 _MEASURES: dict[str, Callable[[_Fidelity, TeacherOutputs, Output, LinearHead | None, RowIdentity], None]] = {
     "class": _Fidelity.add_logits,
+    "map": _Fidelity.add_map,
     "embedding": _Fidelity.add_embedding,
     "tokens": _Fidelity.add_tokens,
 }
@@ -86,10 +104,10 @@ class StatisticsSum:
         ]
         self._task_sums, self._fidelity, self._head = task.accumulate(), _Fidelity(), head
 
-    def add(self, group: GroupViews, outputs: TeacherOutputs, *, view: int) -> None:
-        """Adds one view of one group. The task's statistics are of images that are not mixed."""
+    def add(self, group: GroupViews, outputs: TeacherOutputs, *, position: int, view: int) -> None:
+        """Adds the view at a position of one group. The task's statistics are of images that are not mixed."""
         if not group.mixes:
-            self._task_sums.add(outputs, group.targets)
+            self._task_sums.add(outputs, group.targets_of(position))
         self.add_fidelity(RowIdentity(group.sample_ids, view), outputs)
 
     def add_fidelity(self, rows: RowIdentity, outputs: TeacherOutputs) -> None:
@@ -117,7 +135,7 @@ class StatisticsFold:
 
     def __init__(self, task: Task) -> None:
         self._task_sums = task.accumulate()
-        self._num_rows = self._num_flips = 0
+        self._num_rows, self._num_flips = 0, cast("float", 0)
         self._kl, self._pearson = ({key: array("d") for key in _TEMPERATURES} for _ in range(2))
         self._cosine, self._token_cosine, self._total_variation = array("d"), array("d"), array("d")
         self._has_kl = False
@@ -150,13 +168,14 @@ class StatisticsFold:
 
 def mean_fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
     """Means over sampled rows of stored against fp32 outputs: KL and 1 − correlation at each temperature, share of rows
-    with another largest class, cosine of embeddings and of single tokens; of sampled logits, total variation in place
-    of the first two. None or empty for outputs that are not stored."""
+    (of maps, of positions) with another largest class, cosine of embeddings and of single tokens; of sampled logits,
+    total variation in place of the first two. None or empty for outputs that are not stored."""
     roles = output_roles(task_of(header.data))
     measured = {roles.get(output.name) for output in header.outputs}
     samples = any(map(is_sampled, header.outputs))
     logits, embedding, tokens = (
-        statistics.fidelity_rows if role in measured else 0 for role in ("class", "embedding", "tokens")
+        statistics.fidelity_rows if measured & roles_of else 0
+        for roles_of in ({"class", "map"}, {"embedding"}, {"tokens"})
     )
     return {
         "kl_nats": {key: total / logits for key, total in statistics.kl_sum.items()} if logits else {},
@@ -166,6 +185,13 @@ def mean_fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
         "embedding_cosine": statistics.embedding_cosine_sum / embedding if embedding else None,
         "token_cosine": statistics.token_cosine_sum / tokens if tokens else None,
     }
+
+
+def _positions(values_NKhw: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+    """[M,K]: every ``step``-th position of each map."""
+    num_rows, num_classes, *_ = values_NKhw.shape
+    chosen_NKP = values_NKhw.reshape(num_rows, num_classes, -1)[:, :, ::step]
+    return np.ascontiguousarray(chosen_NKP.transpose(0, 2, 1)).reshape(-1, num_classes)
 
 
 def kl_sum(exact_NK: NDArray[np.float32], stored_NK: NDArray[np.float32], temperature: float) -> float:

@@ -54,6 +54,7 @@ from schemas.cache_format import Commit, Derived, FileRef, Header, Manifest, Out
 _HEAD = "head"
 _FIELDS = {
     "class": ("kl_sum", "pearson_sum", "total_variation_sum", "argmax_flips"),
+    "map": ("kl_sum", "pearson_sum", "argmax_flips"),
     "embedding": ("embedding_cosine_sum",),
     "tokens": ("token_cosine_sum",),
 }

@@ -255,7 +255,9 @@ def check_logits(header: Header, kind: str) -> None:
         ConfigError: ``cache.logits`` does not fit the heads of the teacher.
     """
     task = task_of(header.data)
-    widths = {output.name: output.shape[-1] for output in header.outputs} | {task.embedding: header.embedding_dim}
+    widths = {output.name: output.shape[-1] for output in header.outputs}
+    if task.embedding is not None:
+        widths[task.embedding] = header.embedding_dim
     task.outputs(CacheConfig.model_validate({"url": "", "logits": kind}), widths)
 
 

@@ -147,8 +147,9 @@ def _unusable(sample: Sample, config: Config) -> str | None:
 
 def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
     device = pick_device(config.ray.gpus_per_task > 0)
-    widths = task_of(config.data).widths
-    teacher = load_teacher(config.teacher, widths=widths, size=config.views.size, device=device)
+    task, cache = task_of(config.data), config.cache
+    grid = None if cache is None else task.grid(cache.grid)
+    teacher = load_teacher(config.teacher, widths=task.widths, size=config.views.size, device=device, grid=grid)
     samples, max_pixels = samples[:_NUM_RENDERED], config.data.max_pixels
     num_views, spec = min(config.views.count, _VIEWS_RENDERED), teacher.loaded.input
     rendering = Rendering.of(shard, config.views, ViewBlock(start=0, stop=num_views), spec, config.data)

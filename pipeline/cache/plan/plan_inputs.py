@@ -105,7 +105,7 @@ class PlanInputs:
     @property
     def embedding_dim(self) -> int | None:
         """D; None if it is unknown: then a plan leaves out embeddings and class sums."""
-        return self.widths.get(task_of(self.config.data).embedding)
+        return self.widths.get(task_of(self.config.data).embedding or "")
 
     @property
     def num_class_sums(self) -> int:
@@ -139,7 +139,7 @@ def collect_plan_inputs(
         header=header,
         widths={
             **selected_widths(task.widths, config.teacher),
-            **({task.embedding: header.embedding_dim} if header else {}),
+            **({task.embedding: header.embedding_dim} if header and task.embedding is not None else {}),
         },
     )
 

@@ -278,10 +278,11 @@ def _compare(rows: list[_Row], context: BuildContext, findings: Findings) -> Rec
         differs_N |= off_N > 0
         largest = max(largest, float(off_N.max()) / scale)
     embedding = task_of(context.config.data).embedding
-    norm_N = np.linalg.norm(new[embedding].astype(np.float64), axis=1).astype(np.float32)
-    off_N = np.abs(norm_N - np.array([row.norm for row in rows])) / np.maximum(norm_N, 1e-6)
-    _add_problems(rows, None, off_N, np.where(same_N, 0.0, drift), findings)
-    differs_N |= off_N > 0
+    if embedding is not None:
+        norm_N = np.linalg.norm(new[embedding].astype(np.float64), axis=1).astype(np.float32)
+        off_N = np.abs(norm_N - np.array([row.norm for row in rows])) / np.maximum(norm_N, 1e-6)
+        _add_problems(rows, None, off_N, np.where(same_N, 0.0, drift), findings)
+        differs_N |= off_N > 0
     return Recomputed(
         rows=len(rows),
         same_environment=int(same_N.sum()),

@@ -85,7 +85,8 @@ class Requirement:
         if self.output in task.widths and self.output not in widths:
             raise _no_head(self, where="teacher.heads")
         # Whatever their width, the outputs are the same.
-        outputs = planned_outputs(task, cache, dict.fromkeys((*widths, task.embedding), 1), tokens=(1, 1))
+        embedding = () if task.embedding is None else (task.embedding,)
+        outputs = planned_outputs(task, cache, dict.fromkeys((*widths, *embedding), 1), tokens=(1, 1))
         stored = [output.name for output in outputs if output.kind != "none"]
         if cache.class_means == "none" if self.output is None else self.output not in stored:
             raise ConfigError(

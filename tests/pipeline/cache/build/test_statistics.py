@@ -9,10 +9,22 @@ from scipy.special import rel_entr, softmax
 from scipy.stats import pearsonr
 
 from pipeline.augment.params import sample_keys
-from pipeline.cache.build.statistics import StatisticsFold, cosine_sum, kl_sum, pearson_sum
+from pipeline.cache.build.statistics import (
+    StatisticsFold,
+    StatisticsSum,
+    cosine_sum,
+    kl_sum,
+    mean_fidelity,
+    pearson_sum,
+)
+from pipeline.cache.format.codec import RowIdentity, decode, encode, stored_outputs
 from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.cache.read.reader import open_cache
+from pipeline.shards.index import index_settings
+from pipeline.tasks import OutputSpec, task_of
 from pipeline.tasks.classification import Classification
+from schemas.cache_format import Header, Statistics
+from schemas.config import DataConfig
 from tests.pipeline.caches import TinyCache, open_built, read_commits
 from tests.pipeline.conftest import TinyConfig
 from tests.tolerances import ulps
@@ -95,3 +107,39 @@ def test_inspect_omits_the_fidelity_of_outputs_that_are_not_stored(tiny_config: 
     report = inspect_cache(open_built(tiny_config(views={"count": 1}, cache=section)).url)
     assert report.outputs == report.kl_nats == report.pearson == {}
     assert report.argmax_flips is report.embedding_cosine is None
+
+
+@pytest.mark.parametrize("kind", ["int8", "topk:3"])
+def test_the_fidelity_of_a_map_is_the_mean_over_its_positions(kind: str) -> None:
+    """Of 2 maps of 8,190 positions each second one is measured: positions 0, 2, 4 …"""
+    task = task_of(DataConfig.model_validate({"task": "segmentation", "num_classes": 11}))
+    (output,) = stored_outputs([OutputSpec("logits", (11, 90, 91), kind)])
+    exact = np.random.default_rng(0).normal(0, 3, (2, 11, 90, 91)).astype(np.float32)
+    # Sample ids that are measured.
+    ids = [name for name in map(str, range(1000)) if sample_keys(0, [name])[0, 0] % np.uint64(64) == 0][:2]
+    counted = StatisticsSum([output], task)
+    counted.add_fidelity(RowIdentity(ids, 0), {"logits": exact})
+    statistics = counted.result()
+    assert statistics.fidelity_rows == 2
+    for temperature in (1.0, 2.0, 4.0):
+        stored = decode(encode(exact, output), output, temperature=temperature)
+        chosen = [values.reshape(2, 11, -1)[:, :, ::2].transpose(0, 2, 1).reshape(-1, 11) for values in (exact, stored)]
+        p, q = (softmax(values.astype(np.float64) / temperature, axis=1) for values in chosen)
+        num_positions, bound = 45 * 91, rounding(2, 11)
+        kl = rel_entr(p, q).sum() / num_positions
+        assert statistics.kl_sum[str(temperature)] == pytest.approx(kl, rel=0, abs=bound)
+        pearson = (1 - pearsonr(p, q, axis=1)[0]).sum() / num_positions
+        assert statistics.pearson_sum[str(temperature)] == pytest.approx(pearson, rel=0, abs=bound)
+    first = decode(encode(exact, output), output)
+    flips = (exact.argmax(1) != first.argmax(1)).reshape(2, -1)[:, ::2].sum() / num_positions
+    assert statistics.argmax_flips == pytest.approx(flips)
+    assert (flips > 0) == (kind == "int8")
+    assert mean_fidelity_of_maps(statistics) == pytest.approx((flips / 2, statistics.kl_sum["1.0"] / 2))
+
+
+def mean_fidelity_of_maps(statistics: Statistics) -> tuple[float, float]:
+    data = DataConfig.model_validate({"task": "segmentation", "num_classes": 11})
+    (output,) = stored_outputs([OutputSpec("logits", (11, 90, 91), "int8")])
+    header = Header.model_construct(data={**index_settings(data)}, outputs=(output,))
+    means = mean_fidelity(header, statistics)
+    return means["argmax_flips"], means["kl_nats"]["1.0"]
