@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.sources.base import head_name
-from pipeline.tasks import EMBEDDING
+from pipeline.tasks import AUX, EMBEDDING
 
+FINAL = "out"
+"""The key of the logits in a dict that a network with a map of logits returns, as torchvision names it."""
 _UNSAFE_CHANNELS = range(1, 9)
 
 # The inputs of the heads in the forward that is running. A context variable belongs to one thread and one call: two
@@ -37,13 +39,17 @@ class EmbeddingModel(nn.Module):
         heads: names of the submodules whose input is the embedding; empty with ``forward_embedding``, or without heads.
         widths: numbers in a row of each output, by its name.
         head_outputs: names of what the heads return.
+        has_aux: in training mode there is also ``AUX``, the map of an auxiliary head.
     """
 
-    def __init__(self, network: nn.Module, heads: tuple[str, ...], *, widths: Mapping[str, int]) -> None:
+    def __init__(
+        self, network: nn.Module, heads: tuple[str, ...], *, widths: Mapping[str, int], has_aux: bool = False
+    ) -> None:
         """Called by ``pipeline.models.probe.wrap``, which registers the hooks and determines D."""
         super().__init__()
         self.network, self.heads = network, heads
         self.widths = dict(widths)
+        self.has_aux = has_aux
         self.head_outputs = tuple(name for name in widths if name != EMBEDDING)
 
     @property
@@ -53,7 +59,8 @@ class EmbeddingModel(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         output, embedding_BD = forward_with_embedding(self.network, self.heads, images_BCHW)
-        return {**named_outputs(output, self.head_outputs), EMBEDDING: embedding_BD}
+        auxiliary = {AUX: output[AUX]} if self.has_aux and self.training else {}
+        return {**named_outputs(output, self.head_outputs), **auxiliary, EMBEDDING: embedding_BD}
 
     def head_modules(self, output: str) -> tuple[str, ...]:
         """Names of the submodules in ``heads`` that compute an output of the heads."""
@@ -95,16 +102,18 @@ def _is_unsafe(layer: nn.Conv2d) -> bool:
 
 
 def named_outputs(output: Tensor | Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """What a network returns, a tensor or a dict by head, by the names of the outputs.
+    """What a network returns, a tensor or a dict by head, by the names of the outputs; of a dict with a final and an
+    auxiliary map of logits the final one.
 
     Raises:
         KeyError: the network returns no output for a head.
     """
     if not names:
         return {}
-    if isinstance(output, Tensor):
+    if len(names) == 1:
         (name,) = names
-        return {name: output}
+        return {name: output if isinstance(output, Tensor) else output[FINAL]}
+    assert not isinstance(output, Tensor), "a network with several heads returns a dict"
     return {name: output[head_name(name)] for name in names}
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import ModelError, StillroomError, cause
-from pipeline.models.embedding import EmbeddingModel, forward_with_embedding, register_head_hooks
+from pipeline.models.embedding import FINAL, EmbeddingModel, forward_with_embedding, register_head_hooks
 from pipeline.models.sources.base import BuildRequest, BuiltModel, head_name
-from pipeline.tasks import EMBEDDING
+from pipeline.tasks import AUX, EMBEDDING
 from schemas.config import Size, height_width
 
 _T = TypeVar("_T")
@@ -26,10 +26,9 @@ def wrap(built: BuiltModel, request: BuildRequest, *, size: Size) -> EmbeddingMo
     """
     outputs = probe_outputs(built, request, size=size)
     _check_finite(outputs, request)
-    if request.where == "student":
-        _check_training(built, request, size=size)
+    has_aux = request.where == "student" and _check_training(built, request, size=size)
     widths = {name: output.shape[1] for name, output in outputs.items()}
-    return EmbeddingModel(built.network, built.heads, widths=widths).eval()
+    return EmbeddingModel(built.network, built.heads, widths=widths, has_aux=has_aux).eval()
 
 
 def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: Size) -> dict[str, Tensor]:
@@ -44,6 +43,8 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: Size) -> di
         built, request, size, lambda images_BCHW: forward_with_embedding(built.network, built.heads, images_BCHW)
     )
     outputs = {**_by_name(output, request), EMBEDDING: embedding_BD}
+    # The auxiliary head is for training.
+    outputs.pop(AUX, None)
     _check_shapes(outputs, request)
     _check_width(built, embedding_BD.shape[1], request)
     return outputs
@@ -89,6 +90,8 @@ def _forward(built: BuiltModel, request: BuildRequest, size: Size, forward: Call
 
 def _by_name(output: object, request: BuildRequest) -> dict[str, Any]:
     """What a network returned, by the names of the outputs; heads that it lacks have no tensor."""
+    if request.is_map and isinstance(output, Mapping):
+        return {**dict.fromkeys(request.widths, output.get(FINAL)), **({AUX: output[AUX]} if AUX in output else {})}
     if not isinstance(output, Mapping):
         return {"one output": output} if request.has_several_heads else dict.fromkeys(request.widths, output)
     heads: Mapping[str, Any] = {str(head): tensor for head, tensor in output.items()}
@@ -115,8 +118,12 @@ def _check_width(built: BuiltModel, width: int, request: BuildRequest) -> None:
     )
 
 
-def _check_training(built: BuiltModel, request: BuildRequest, *, size: Size) -> None:
-    """One forward in training mode, in which some networks return auxiliary outputs. Changes no state."""
+def _check_training(built: BuiltModel, request: BuildRequest, *, size: Size) -> bool:
+    """One forward in training mode, in which some networks return auxiliary outputs. Changes no state.
+
+    Returns:
+        Whether the network has an auxiliary map of logits, which is allowed next to a final one.
+    """
     buffers = {name: buffer.clone() for name, buffer in built.network.named_buffers()}
     outputs: dict[str, Any] = {}
     failure: Exception | None = None
@@ -132,11 +139,13 @@ def _check_training(built: BuiltModel, request: BuildRequest, *, size: Size) -> 
     with torch.no_grad():
         for name, buffer in built.network.named_buffers():
             buffer.copy_(buffers[name])
-    expected = {name: f"a tensor [B,{width}]" for name, width in request.widths.items()} or {
+    positions = ",h,w" if request.is_map else ""
+    expected = {name: f"a tensor [B,{width}{positions}]" for name, width in request.widths.items()} or {
         EMBEDDING: "a tensor [B,D]"
     }
-    if outputs.keys() == expected.keys() and all(isinstance(output, Tensor) for output in outputs.values()):
-        return
+    all_tensors = all(isinstance(output, Tensor) for output in outputs.values())
+    if all_tensors and outputs.keys() - ({AUX} if request.is_map else set()) == expected.keys():
+        return AUX in outputs
     raised = failure is not None
     problem = "fails" if raised else f"does not return {' and '.join(expected)} alone"
     raise ModelError(
@@ -153,7 +162,10 @@ def _check_training(built: BuiltModel, request: BuildRequest, *, size: Size) -> 
 def _check_shapes(outputs: Mapping[str, object], request: BuildRequest) -> None:
     shapes = {name: _shape(output) for name, output in outputs.items()}
     embedding_shape = shapes[EMBEDDING]
-    expected = {name: (2, width) for name, width in request.widths.items()}
+    expected: dict[str, tuple[object, ...]] = {name: (2, width) for name, width in request.widths.items()}
+    if request.is_map:
+        _check_maps(shapes, request)
+        expected = {name: (*shape, *shapes[name][2:]) for name, shape in expected.items()}
     is_embedding = len(embedding_shape) == 2 and embedding_shape[0] == 2 and embedding_shape[1] != 0
     if shapes == {**expected, EMBEDDING: embedding_shape} and is_embedding:
         return
@@ -168,6 +180,24 @@ def _check_shapes(outputs: Mapping[str, object], request: BuildRequest) -> None:
         if request.widths
         else "check kwargs, such as global_pool; a python: factory returns a network whose forward returns [B,D]",
     )
+
+
+def _check_maps(shapes: Mapping[str, tuple[object, ...] | str], request: BuildRequest) -> None:
+    """
+    Raises:
+        ModelError: logits have no positions.
+    """
+    for name, width in request.widths.items():
+        if len(shapes[name]) == 4 and isinstance(shapes[name], tuple):
+            continue
+        raise ModelError(
+            f"{request.config.model} has no logits for positions of an image",
+            code="model.no-map",
+            where=f"{request.where}.model",
+            got=f"for 2 images: {name} {shapes[name]}",
+            expected=f"(2, {width}, h, w), or a dict with such logits as {FINAL!r}",
+            next_step="name a segmentation network of torchvision, a backbone of timm, or a python: factory of one",
+        )
 
 
 def _check_finite(outputs: Mapping[str, Tensor], request: BuildRequest) -> None:

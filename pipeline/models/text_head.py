@@ -21,6 +21,7 @@ from pipeline.core.redaction import redact
 from pipeline.models.sources.base import BuildRequest, BuiltModel
 from pipeline.models.state_dicts import rename_to_match
 from pipeline.models.weights import check_digest, safetensors_metadata, weights_read_errors
+from pipeline.tasks import MapWidth
 from schemas.config import ModelConfig, TeacherModelConfig
 
 _MAX_BYTES = 2**30
@@ -166,6 +167,14 @@ def read_text_head(config: ModelConfig, widths: Mapping[str, int], *, where: str
     if url is None:
         return None
     key = f"{where}.text_head"
+    if any(isinstance(width, MapWidth) for width in widths.values()):
+        raise ConfigError(
+            "a text head makes logits of an embedding, and this task has them for each position",
+            code="config.text-head-of-maps",
+            where=key,
+            got=redact(url),
+            next_step=f"remove {key}",
+        )
     if len(widths) > 1:
         raise ConfigError(
             "a text head is a single head, and this teacher has several",

@@ -17,6 +17,7 @@ from pipeline.tasks.confusion import MASK, ConfusionRecount, ConfusionSum, confu
 from pipeline.tasks.masks import BadMaskError, check_mask, decode_mask, mask_of_view
 from pipeline.tasks.task import (
     LOGITS,
+    MapWidth,
     OutputSpec,
     Recount,
     StatisticsAccumulator,
@@ -206,7 +207,7 @@ class Segmentation(DenseTask):
 
     @property
     def widths(self) -> dict[str, int]:
-        return {LOGITS: self.num_labels}
+        return {LOGITS: MapWidth(self.num_labels)}
 
     def is_target(self, text: bytes) -> bool:
         try:

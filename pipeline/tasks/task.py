@@ -110,6 +110,10 @@ class TaskHead:
         return LOGITS if self.name is None else f"{LOGITS}.{self.name}"
 
 
+class MapWidth(int):
+    """The width K of logits that a network has at each position: maps [B,K,h,w]."""
+
+
 class TargetMember(NamedTuple):
     """A member that may hold a target: its bytes, none if they are more than ``Task.max_bytes``, and where it is."""
 
@@ -366,7 +370,8 @@ class Task(ABC):
     @property
     @abstractmethod
     def widths(self) -> dict[str, int]:
-        """Numbers in a row of each output that a network's head returns, by its name."""
+        """Numbers in a row of each output that a network's head returns, by its name; ``MapWidth``: at each of its
+        positions."""
 
     @abstractmethod
     def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from pipeline.core.errors import ConfigError, ModelError, StillroomError, cause
+from pipeline.tasks import MapWidth
 from schemas.config import ModelConfig, Size, Triple
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ class BuildRequest:
     @property
     def has_several_heads(self) -> bool:
         return len(self.widths) > 1
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the logits are a map [B,K,h,w]."""
+        return any(isinstance(width, MapWidth) for width in self.widths.values())
 
     @property
     def num_classes(self) -> int:

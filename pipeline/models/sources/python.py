@@ -1,6 +1,7 @@
 """``python:module:factory``: a network of the user, built by ``factory(num_classes=K, **kwargs) -> nn.Module``.
 
 With several heads, ``num_classes`` maps their names to their K, and the forward of the network returns a dict by name.
+With task segmentation the forward returns logits [B,K,h,w], or a dict with these as "out" and perhaps "aux".
 Without heads (task embedding) it is 0, if the factory takes it, and the forward returns the embedding [B,D].
 
 A config names code and does not contain it: modules come from Python's import path, which in a submitted job is its
@@ -137,6 +138,8 @@ def _foreign_code_error(request: BuildRequest, got: str) -> ModelError:
 def _heads(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:
     if callable(getattr(network, "forward_embedding", None)):
         return ()
+    if request.is_map:
+        return _map_head(network, request)
     if request.has_several_heads:
         return _named_heads(network, request)
     name = last_layer(network, nn.Linear)
@@ -152,6 +155,25 @@ def _heads(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:
             "that returns an embedding, set data.task=embedding",
         )
     return (name,)
+
+
+def _map_head(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:
+    """The last convolution of K channels outside of auxiliary heads."""
+    names = [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d) and layer.out_channels == request.num_classes and "aux" not in name
+    ]
+    if names:
+        return (names[-1],)
+    raise ModelError(
+        "the embedding is the mean of what the last convolution takes, and this network does not end in one",
+        code="model.no-map-head",
+        where=f"{request.where}.model",
+        got=f"no nn.Conv2d of {request.num_classes} channels in {request.config.model}",
+        expected=f"a last nn.Conv2d for {request.described_classes}",
+        next_step="register the head last, or define forward_embedding(x) -> (logits, embedding)",
+    )
 
 
 def _named_heads(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import timm
@@ -11,6 +12,7 @@ from timm.layers.classifier import ClassifierHead, ClNormMlpClassifierHead, Norm
 from torch import nn
 
 from pipeline.core.errors import ModelError
+from pipeline.models.segmentation import timm_segmenter
 from pipeline.models.sources.base import (
     BuildRequest,
     BuiltModel,
@@ -49,9 +51,11 @@ def build(request: BuildRequest) -> BuiltModel:
             classifier whose input is an embedding.
     """
     _check_name(request)
-    refuse_reserved(request, _RESERVED)
+    refuse_reserved(request, _RESERVED | {"features_only"} if request.is_map else _RESERVED)
     if request.pretrained:
         _check_pretrained(request)
+    if request.is_map:
+        return _segmenter(request)
     with constructor_errors(request):
         network = _create(request)
     width = getattr(network, "head_hidden_size", None)
@@ -66,11 +70,42 @@ def build(request: BuildRequest) -> BuiltModel:
     )
 
 
+def _segmenter(request: BuildRequest) -> BuiltModel:
+    """The backbone with a head that has random values, until the caller loads weights of the whole network."""
+    with constructor_errors(request), download_errors(request):
+        network, notes = timm_segmenter(request)
+    cfg = timm.get_pretrained_cfg(request.name)
+    config = resolve_model_data_config(network, pretrained_cfg=None if cfg is None else cfg.to_dict())
+    return BuiltModel(
+        network=network,
+        heads=network.heads,
+        declared=DeclaredInput(
+            size=config["input_size"][-1],
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+        ),
+        size_kwarg="img_size",
+        notes=notes,
+        has_new_heads=request.pretrained,
+    )
+
+
 def _create(request: BuildRequest) -> nn.Module:
     # Without the argument, the classifier is that of the published weights.
     width = {} if request.head == "published" else {"num_classes": request.num_classes}
-    try:
+    with download_errors(request):
         return timm.create_model(request.name, pretrained=request.pretrained, **width, **request.config.kwargs)
+
+
+@contextlib.contextmanager
+def download_errors(request: BuildRequest) -> Generator[None]:
+    """
+    Raises:
+        ModelError: pretrained weights cannot be downloaded.
+    """
+    try:
+        yield
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
         if request.pretrained and (isinstance(error, OSError) or package in _NETWORK_PACKAGES):
@@ -107,7 +142,7 @@ def _check_pretrained(request: BuildRequest) -> None:
             got=request.config.model,
             next_step="choose a name with weights, or give weights: random or a URL",
         )
-    refuse_untrained_head(request, pretrained.num_classes)
+    refuse_untrained_head(request, 0 if request.is_map else pretrained.num_classes)
 
 
 def _heads(network: Any, request: BuildRequest) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""``torchvision/NAME``: the classification models of the installed torchvision."""
+"""``torchvision/NAME``: the classification and segmentation models of the installed torchvision."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from pipeline.core.errors import ModelError, cause
+from pipeline.models.segmentation import Segmenter, replace_heads, torchvision_segmenter
 from pipeline.models.sources.base import (
     BuildRequest,
     BuiltModel,
@@ -29,23 +30,25 @@ from pipeline.models.weights import load_state
 _RESERVED = frozenset({"num_classes", "weights", "progress", "pretrained"})
 # Auxiliary heads have outputs in training mode only. No loss uses them, and DDP would wait for their gradients.
 _WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
+_AUXILIARY_CLASSIFIER = "aux_classifier."
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 # As in torchvision's loader of its DenseNets, whose files have dots in module names.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
 def build(request: BuildRequest) -> BuiltModel:
-    """Builds a torchvision classifier. Its input is that of the transforms of its default weights, for any weights.
+    """Builds a torchvision classifier, or a segmentation network, whose input is that of the transforms of its default
+    weights, for any weights.
 
     The same weights by name and by URL give the same network.
 
     Raises:
         ModelError: unknown name, unreachable pretrained weights, or arguments that do not fit.
     """
-    names = models.list_models(module=models)
+    names = models.list_models(module=models.segmentation if request.is_map else models)
     if request.name not in names:
         raise unknown_name(request, names)
-    refuse_reserved(request, _RESERVED)
+    refuse_reserved(request, _RESERVED | {"weights_backbone"} if request.is_map else _RESERVED)
     published = models.get_model_weights(request.name)["DEFAULT"]
     # A network without a classifier is built with that of the published weights, which is then removed.
     width = len(published.meta["categories"]) if request.head == "none" else request.num_classes
@@ -58,12 +61,26 @@ def build(request: BuildRequest) -> BuiltModel:
     has_new_head = request.pretrained and request.head == "task" and width != request.num_classes
     kwargs, notes = _arguments(request, published, file)
     with constructor_errors(request):
-        network = models.get_model(request.name, weights=None, num_classes=width, **kwargs)
+        network = (
+            torchvision_segmenter(request.name, width, **kwargs)
+            if request.is_map
+            else models.get_model(request.name, weights=None, num_classes=width, **kwargs)
+        )
     network.register_load_state_dict_pre_hook(_fix_legacy_names)
     if request.pretrained and file is not None:
         load_state(network, file.state, source=str(published), where=f"{request.where}.weights")
+    if isinstance(network, Segmenter):
         if has_new_head:
-            _replace_head(network, _new_head(network, request.num_classes))
+            replace_heads(network, request.num_classes)
+        return BuiltModel(
+            network=network,
+            heads=network.heads,
+            declared=_declared_input(network, published),
+            notes=notes,
+            has_new_heads=has_new_head,
+        )
+    if has_new_head:
+        _replace_head(network, _new_head(network, request.num_classes))
     head = _head(network)
     if request.head == "none":
         _replace_head(network, nn.Identity())
@@ -107,6 +124,9 @@ def _arguments(
         auxiliary = [name for name in file.state if _is_auxiliary(name)]
         if auxiliary and not request.config.kwargs.get("aux_logits") and not request.pretrained:
             notes.append(f"{request.where}.weights: {len(auxiliary)} tensors of auxiliary heads are left out")
+    elif file is not None and request.is_map:
+        # The weights of the library have one, which a student may not need.
+        chosen["aux_loss"] = any(name.startswith(_AUXILIARY_CLASSIFIER) for name in file.state)
     elif request.name.startswith("vit_") and (image_size := _image_size(request, published, file)) is not None:
         chosen["image_size"] = image_size
     return {**chosen, **request.config.kwargs}, tuple(notes)
@@ -134,11 +154,14 @@ def _fix_legacy_names(
     network: nn.Module, state: dict[str, Any], _prefix: str, _metadata: object, _strict: bool, *_errors: list[str]
 ) -> None:
     """Hook before loading a state dict: renames tensors of old DenseNets, drops those of missing auxiliary heads."""
+    missing = _AUXILIARY if getattr(network, "aux_logits", None) is False else ()
+    if getattr(network, "aux_classifier", network) is None:
+        missing = _AUXILIARY_CLASSIFIER
     for name in list(state):
         old = _OLD_DENSENET.match(name)
         if old:
             state["".join(old.groups())] = state.pop(name)
-        elif name.startswith(_AUXILIARY) and getattr(network, "aux_logits", None) is False:
+        elif name.startswith(missing):
             del state[name]
 
 
@@ -186,7 +209,7 @@ def _declared_input(network: nn.Module, published: models.WeightsEnum) -> Declar
     # The size of a ViT is fixed when it is built, and may differ from that of its published weights.
     built_for = getattr(network, "image_size", None)
     return DeclaredInput(
-        size=built_for if isinstance(built_for, int) else preset.crop_size[0],
+        size=built_for if isinstance(built_for, int) else getattr(preset, "crop_size", preset.resize_size)[0],
         mean=tuple(preset.mean),
         std=tuple(preset.std),
         interpolation=preset.interpolation.value,
